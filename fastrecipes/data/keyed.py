@@ -1,0 +1,145 @@
+"Loaders and Learners whose randomness is keyed: order and transforms by (seed, epoch, sample), the training step by (seed, epoch, batch)."
+from collections import Counter
+from copy import copy
+from itertools import count
+
+import numpy as np
+import torch
+from fastai.basics import DataLoaders, Learner
+from fastai.callback.schedule import LRFinder
+from fastai.data.core import TfmdDL
+from fastai.distributed import rank_distrib
+
+from fastrecipes.errors import BadValue
+from fastrecipes.randomness import default_seed, forked, key_of, stream, uniform
+from fastrecipes.technique import TechniqueCallback
+
+__all__ = ['KeyedDL', 'Keyed', 'keyed', 'per_sample']
+
+_batch = None                                   # the (loader, batch number) whose transforms are running, for `per_sample`
+
+
+class KeyedDL(TfmdDL):
+    """A `TfmdDL` in which an item's place in the order and its random transforms depend on (seed, epoch, sample) only.
+
+    `sampler.draw(rng)` may give the order instead of a permutation; a sample drawn again in an epoch gets draws of its own."""
+    def __init__(self, dataset=None, bs=64, seed: int | None = None, sampler=None, **kwargs):
+        self.seed, self.sampler, self.epoch = default_seed() if seed is None else seed, sampler, -1
+        super().__init__(dataset, bs, **kwargs)
+        if sampler is not None: self.n = len(sampler)
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        ours = {'seed': self.seed} if issubclass(cls or type(self), KeyedDL) else {}
+        same = dataset is None or dataset is self.dataset
+        if ours and same and kwargs.get('shuffle', self.shuffle): ours['sampler'] = self.sampler
+        return super().new(dataset, cls, **{**ours, **kwargs})
+
+    def set_epoch(self, epoch: int):
+        "Make the next iteration that of `epoch`."
+        self.epoch = epoch - 1
+
+    def randomize(self): self.epoch += 1        # fastai calls it at the start of each iteration
+
+    def get_idxs(self):
+        if not self.shuffle or not self.indexed: return super().get_idxs()
+        rng = stream(self.seed, 'order', self.epoch)
+        order = rng.permutation(self.n) if self.sampler is None else self.sampler.draw(rng)
+        return _draws(order, len(self.dataset))
+
+    def do_item(self, s):
+        if not self.shuffle or s is None: return super().do_item(s)
+        with forked(self.seed, 'item', self.epoch, int(s)): return super().do_item(int(s) % len(self.dataset))
+
+    def __iter__(self):
+        global _batch
+        batches = super().__iter__()
+        if not self.shuffle:
+            yield from batches
+            return
+        for i in count():
+            outer, _batch = _batch, (self, i)
+            try:
+                with forked(self.seed, 'batch', self.epoch, i): b = next(batches)
+            except StopIteration: return
+            finally: _batch = outer
+            yield b
+
+    def draws(self, i: int) -> np.ndarray:
+        "The draws (sample + repetition·samples) that make up batch `i` of the iteration that is running."
+        return np.asarray(self._DataLoader__idxs[i*self.bs:(i+1)*self.bs])
+
+
+def _draws(order, n: int) -> list[int]:
+    "Number repetitions apart: the k-th time that sample i comes up it is draw i + k·n."
+    seen, draws = Counter(), []
+    for i in map(int, order):
+        draws.append(i + seen[i]*n)
+        seen[i] += 1
+    return draws
+
+
+def per_sample(n: int, *name) -> torch.Tensor:
+    "A number in [0, 1) for each of the `n` samples of the batch in hand, keyed by (seed, epoch, sample, `name`); torch's own elsewhere."
+    if _batch is not None:
+        dl, i = _batch
+        if len(draws := dl.draws(i)) == n: return torch.from_numpy(uniform(draws, dl.seed, dl.epoch, *name)).float()
+    return torch.rand(n)
+
+
+class Keyed(TechniqueCallback):
+    "Count `learn`'s epochs over all its fits, key the training loader to them, and seed torch by (seed, epoch, batch) at each training batch."
+    order, run_valid = -9, False                # right after TrainEvalCallback: before anything that draws
+
+    def __init__(self, seed: int | None = None):
+        self.seed, self.first, self.done = default_seed() if seed is None else seed, 0, 0
+        self.counts = True
+
+    def before_fit(self):
+        self.first, self.counts = self.done, not any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+
+    def before_train(self):
+        if isinstance(dl := self.learn.dls.train, KeyedDL): dl.set_epoch(self.age)
+
+    def before_batch(self):
+        if self.learn.training: torch.manual_seed(key_of(self.seed, 'step', *self.step) % 2**63)
+
+    def after_train(self):
+        if self.counts: self.done = self.age + 1    # `lr_find` costs no epoch: what follows is what it would have been without
+
+    @property
+    def age(self) -> int:
+        "The number of the epoch in hand, counted over all fits of this Learner."
+        return self.first + self.learn.epoch
+
+    @property
+    def step(self) -> tuple:
+        "(epoch, batch, rank): the key of what is drawn for the batch in hand."
+        return self.age, self.learn.iter, rank_distrib()
+
+    def stream(self, name: str) -> np.random.Generator:
+        "A generator for what `name` draws in this batch."
+        return stream(self.seed, name, *self.step)
+
+
+def keyed(learn: Learner, seed: int | None = None) -> Keyed:
+    "The `Keyed` callback of `learn`; the first call adds it and turns a plain training `TfmdDL` into a `KeyedDL`."
+    if (cb := next((o for o in learn.cbs if type(o) is Keyed), None)) is None:
+        learn.add_cb(cb := Keyed(seed))
+    if type(learn.dls.train) is TfmdDL: learn.dls = with_train(learn.dls, learn.dls.train.new(cls=KeyedDL, seed=cb.seed))
+    return cb
+
+
+def with_train(dls: DataLoaders, train) -> DataLoaders:
+    "The same loaders with another one for training: a new `DataLoaders`, for other Learners may share the old one."
+    new = copy(dls)
+    new.loaders = [train, *dls.loaders[1:]]
+    return new
+
+
+def resampled(dls: DataLoaders, sampler, seed: int) -> DataLoaders:
+    "`dls` with its training order drawn by `sampler`. Raises for a loader that is not fastai's or has no items to index."
+    dl = dls.train
+    if not isinstance(dl, TfmdDL) or not dl.indexed:
+        raise BadValue(f'balance: needs a fastai loader over an indexed dataset, got {type(dl).__name__}; `image_classifier` converts torch loaders')
+    if isinstance(dl, KeyedDL): return with_train(dls, dl.new(sampler=sampler, shuffle=True))
+    return with_train(dls, dl.new(cls=KeyedDL, seed=seed, sampler=sampler, shuffle=True))

@@ -1,0 +1,95 @@
+"Whatever holds the data, as fastai `DataLoaders`: a folder, torch datasets, torch loaders; and the labels they hold."
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.losses import CrossEntropyLossFlat
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
+
+from fastrecipes.data.folders import image_folder
+from fastrecipes.data.keyed import KeyedDL
+from fastrecipes.data.splits import split
+from fastrecipes.errors import BadValue
+
+__all__ = ['as_dataloaders', 'labels_of', 'Indexed']
+
+
+class Indexed:
+    "A torch dataset of (input, class) as fastai expects one: it knows its classes and its loss, and can be emptied for `export`."
+    loss_func = CrossEntropyLossFlat()
+    def __init__(self, dataset, vocab=None):
+        self.dataset = dataset
+        self.vocab = list(vocab if vocab is not None else _classes(dataset))
+    def __len__(self): return len(self.dataset)
+    def __getitem__(self, i):
+        x, y = self.dataset[i]
+        if isinstance(x, Image.Image): x = torch.from_numpy(np.array(x.convert('RGB'))).permute(2, 0, 1).float()/255
+        return x, torch.as_tensor(y)
+    def new_empty(self): return type(self)([], self.vocab)
+
+
+class _Given:
+    "A torch sampler of the user's: it draws as it always did."
+    def __init__(self, sampler): self.sampler = sampler
+    def __len__(self): return len(self.sampler)
+    def draw(self, rng): return list(self.sampler)
+
+
+def as_dataloaders(data, *, bs: int = 64, valid: float = .2, test: float = .1, seed: int = 42, **folder) -> DataLoaders:
+    """`data` as fastai `DataLoaders`: a folder of images (see `image_folder`), `DataLoaders`, one torch `Dataset` (split here), or
+    a tuple (train, valid[, test]) of torch `Dataset`s or `DataLoader`s. Raises `ValueError` for anything else."""
+    if isinstance(data, (str, Path)): return image_folder(data, bs=bs, valid=valid, test=test, seed=seed, **folder)
+    if isinstance(data, DataLoaders):
+        return data if all(isinstance(dl, TfmdDL) for dl in data.loaders) else _from_parts(data.loaders, bs, seed)
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        sides = split([str(i) for i in range(len(data))], [str(y) for y in labels_of(data)], valid, test, seed)
+        return _from_parts([Subset(data, [i for i, s in enumerate(sides) if s == side]) for side in ('train', 'valid', 'test')], bs, seed)
+    if isinstance(data, (tuple, list)) and len(data) > 1 and all(isinstance(o, (Dataset, DataLoader)) for o in data):
+        return _from_parts(data, bs, seed)
+    raise BadValue(f'path: a folder, fastai DataLoaders, a torch Dataset, or a tuple (train, valid[, test]) of these or of torch '
+                   f'DataLoaders, got {type(data).__name__}')
+
+
+def _from_parts(parts, bs, seed) -> DataLoaders:
+    vocab = _classes(getattr(parts[0], 'dataset', parts[0]) if isinstance(parts[0], DataLoader) else parts[0])
+    loaders = [_loader(p, i == 0, bs, seed, vocab) for i, p in enumerate(parts)]
+    if len(loaders[0]) == 0: raise BadValue(f'bs: {loaders[0].bs} is more than the {len(loaders[0].dataset)} training samples')
+    return DataLoaders(*loaders, device=torch.device('cuda') if torch.cuda.is_available() else torch.device('cpu'))
+
+
+def _loader(part, train: bool, bs: int, seed: int, vocab) -> KeyedDL:
+    "One torch dataset or loader as a `KeyedDL`; a loader keeps its batch size, order and collation."
+    if not isinstance(part, DataLoader): return KeyedDL(Indexed(part, vocab), bs, seed=seed, shuffle=train, drop_last=train, num_workers=0)
+    if isinstance(part.dataset, IterableDataset): raise BadValue('path: a loader over an IterableDataset has no samples to index; pass a map-style dataset')
+    random = isinstance(part.sampler, RandomSampler)
+    own = None if random or isinstance(part.sampler, SequentialSampler) else _Given(part.sampler)
+    kw = {} if part.collate_fn is torch.utils.data.default_collate else {'create_batch': part.collate_fn}
+    return KeyedDL(Indexed(part.dataset, vocab), part.batch_size, seed=seed, sampler=own, shuffle=random or own is not None,
+                   drop_last=part.drop_last, num_workers=part.num_workers, **kw)
+
+
+def _classes(dataset) -> list:
+    "The names of a dataset's classes: its own, else the numbers up to the largest label."
+    while isinstance(dataset, Subset): dataset = dataset.dataset
+    if (names := getattr(dataset, 'classes', None)) is not None: return list(names)
+    return list(range(int(max(labels_of(dataset)))+1)) if len(dataset) else []
+
+
+def labels_of(data) -> np.ndarray:
+    """The class index of each sample of a dataset or loader `(n,)`, in order, without decoding inputs where the dataset allows.
+
+    Raises `ValueError` where a sample has no single class."""
+    if isinstance(data, (TfmdDL, DataLoader)): return labels_of(data.dataset)
+    if isinstance(data, Indexed): return labels_of(data.dataset)
+    if isinstance(data, Subset): return labels_of(data.dataset)[list(data.indices)]
+    if isinstance(data, Datasets): values = list(data.tls[-1])
+    elif (targets := getattr(data, 'targets', None)) is not None: values = list(targets)
+    elif (tensors := getattr(data, 'tensors', None)) is not None: values = list(tensors[-1])
+    else: values = [data[i][-1] for i in range(len(data))]
+    try: labels = np.array([int(v) for v in values])
+    except (TypeError, ValueError, RuntimeError): labels = None
+    if labels is None or any(getattr(v, 'is_floating_point', bool)() for v in values[:1]):
+        raise BadValue('labels: each sample must have one class (an integer); multi-label, regression and segmentation data have none')
+    return labels

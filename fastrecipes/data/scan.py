@@ -1,0 +1,94 @@
+"Every image of a folder looked at once: what it holds, whether it can be read, and where the same bytes come up again."
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from fastai.vision.all import image_extensions
+from fastcore.xdg import xdg_cache_home
+
+from fastrecipes.data.pixels import read_image
+from fastrecipes.errors import BadValue, NotThere
+
+__all__ = ['Verdict', 'scan', 'verdicts']
+
+SMALLEST = 2            # px a side: a 1×1 picture shows nothing
+
+
+@dataclass(frozen=True)
+class Verdict:
+    "What one look at a file told: its content's digest, its size in pixels, and why it cannot be used (None: it can)."
+    digest: str
+    width: int
+    height: int
+    reason: str | None = None
+
+
+def scan(root: Path, skip=()) -> tuple[dict[str, list[Path]], list[tuple[Path, str]]]:
+    """`{class: files}` for the sub-folders of `root`, sorted, and the files that lie where no class can be read from.
+
+    Hidden files and folders, and the folders named in `skip`, do not count. Raises `NotThere` and `BadValue`."""
+    root = Path(root)
+    if not root.exists(): raise NotThere(f'path: {root} does not exist')
+    if not root.is_dir(): raise BadValue(f'path: {root} is a file; give the folder that holds one folder of images per class')
+    entries = sorted(p for p in root.iterdir() if not p.name.startswith('.') and p.name not in skip)
+    stray = [(p, 'not inside a class folder') for p in entries if p.is_file() and _is_image(p)]
+    classes = {d.name: [] for d in entries if d.is_dir()}
+    for name, files in classes.items():
+        for p in sorted(q for q in (root/name).rglob('*') if q.is_file()):
+            if any(part.startswith('.') for part in p.relative_to(root).parts): continue
+            if _is_image(p): files.append(p)
+            else: stray.append((p, f'{p.suffix or "no extension"} is not an image extension'))
+    return classes, stray
+
+
+def _is_image(p: Path) -> bool: return p.suffix.lower() in image_extensions
+
+
+def verdicts(files: list[Path], workers: int = 4, progress=None) -> dict[Path, Verdict]:
+    """A verdict on each file, decoded in full once; remembered by path, size and modification time in the user's cache folder.
+
+    `progress(done, total)` is told of the files that had to be opened."""
+    memory = _memory(files)
+    known = json.loads(memory.read_text()) if memory.exists() else {}
+    stamp = {p: _stamp(p) for p in files}
+    new = [p for p in files if known.get(str(p), [None])[0] != stamp[p]]
+    with ThreadPoolExecutor(workers) as pool:
+        for i, (p, v) in enumerate(zip(new, pool.map(_look, new)), 1):
+            known[str(p)] = [stamp[p], asdict(v)]
+            if progress: progress(i, len(new))
+    if new: _write(memory, {str(p): known[str(p)] for p in files})
+    return {p: Verdict(**known[str(p)][1]) for p in files}
+
+
+def _look(p: Path) -> Verdict:
+    "Read and decode one file."
+    data = p.read_bytes()
+    digest = blake2b(data, digest_size=16).hexdigest()
+    try: im = read_image(data)
+    except BadValue as e: return Verdict(digest, 0, 0, str(e).removeprefix('image: '))
+    if min(im.size) < SMALLEST: return Verdict(digest, *im.size, f'{im.width}×{im.height} px: nothing to see')
+    return Verdict(digest, *im.size)
+
+
+def _stamp(p: Path) -> str:
+    s = p.stat()
+    return f'{s.st_size}-{s.st_mtime_ns}'
+
+
+def _memory(files: list[Path]) -> Path:
+    "Where the verdicts on these files' folder are remembered."
+    root = os.path.commonpath([str(p.resolve().parent) for p in files]) if files else ''
+    return xdg_cache_home()/'fastrecipes'/'verdicts'/f'{blake2b(root.encode(), digest_size=12).hexdigest()}.json'
+
+
+def _write(path: Path, content):
+    "A cache that cannot be written is no error: the files are looked at again next time."
+    tmp = path.with_suffix(f'.{os.getpid()}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp.write_text(json.dumps(content))
+        os.replace(tmp, path)
+    except OSError: tmp.unlink(missing_ok=True)

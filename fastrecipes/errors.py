@@ -1,0 +1,26 @@
+"What a user did wrong, in one sentence: who objects, to what, what is allowed, the nearest valid choice."
+from difflib import get_close_matches
+
+__all__ = ['UserError', 'BadValue', 'BadName', 'NotThere', 'nearest']
+
+
+class UserError(Exception):
+    "A mistake of the user's: the command line prints it as one line and exits with 2; anything else is our bug."
+
+
+class BadValue(UserError, ValueError):
+    "An argument outside its domain."
+
+
+class BadName(UserError, TypeError):
+    "A keyword, technique or flag that does not exist."
+
+
+class NotThere(UserError, FileNotFoundError):
+    "A file, folder, package or set of weights that cannot be found."
+
+
+def nearest(name, choices, n: int = 1) -> str:
+    "`'; did you mean 'mixup'?'` for the closest of `choices`, or an empty string where nothing is close."
+    close = get_close_matches(str(name), [str(c) for c in choices], n=n, cutoff=.5)
+    return f'; did you mean {" or ".join(repr(c) for c in close)}?' if close else ''

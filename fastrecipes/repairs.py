@@ -1,0 +1,21 @@
+"Narrow mends of fastai itself, each with the defect it mends; `FASTRECIPES_REPAIRS=0` leaves fastai as it is."
+import os
+
+import numpy as np
+from fastai.basics import L, Learner, patch
+from fastai.callback.schedule import ParamScheduler, combined_cos
+
+__all__ = ['REPAIRS']
+REPAIRS = os.environ.get('FASTRECIPES_REPAIRS', '1') != '0'
+
+if REPAIRS:
+    @patch
+    def fit_flat_cos(self: Learner, n_epoch, lr=None, div_final=1e5, pct_start=0.75, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        """Fit for `n_epoch` epochs at a flat `lr`, annealed by a cosine to `lr/div_final` from `pct_start` of the way (0–1) on.
+
+        fastai 2.8.12 ignores `start_epoch` here and trains every epoch again."""
+        if self.opt is None: self.create_opt()
+        self.opt.set_hyper('lr', self.lr if lr is None else lr)
+        lr = np.array([h['lr'] for h in self.opt.hypers])
+        scheds = {'lr': combined_cos(pct_start, lr, lr, lr/div_final)}
+        self.fit(n_epoch, cbs=ParamScheduler(scheds)+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)

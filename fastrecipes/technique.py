@@ -1,0 +1,194 @@
+"The one mechanism: a technique is defined once, registered, and is then a method, a keyword, a flag, a card and a test case."
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import wraps
+from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
+from pathlib import Path
+
+import fastai.callback.all    # noqa: F401  imported before we patch: a later import of theirs would undo ours
+import fastai.distributed     # noqa: F401
+from fastai.basics import Callback, Learner, camel2snake, patch
+
+from fastrecipes import repairs  # noqa: F401  the mends of fastai
+from fastrecipes.errors import BadName, BadValue, nearest
+
+__all__ = ['STAGES', 'TECHNIQUES', 'RECIPE_PARAMETERS', 'Technique', 'Applied', 'TechniqueCallback', 'technique', 'put', 'say',
+           'plan', 'discover']
+
+STAGES = ('data', 'model', 'loss', 'optim', 'train')
+RECIPE_PARAMETERS = frozenset('path arch epochs lr size bs valid test pretrained schedule seed out workers overwrite'.split())
+TECHNIQUES: dict[str, 'Technique'] = {}
+
+
+@dataclass(frozen=True)
+class Technique:
+    "What is known of one technique: all that its method, keyword, flag, card, table row and tests are made from."
+    name: str
+    f: object
+    stage: str
+    section: str | tuple
+    source: str
+    touches: tuple = ()
+    after: tuple = ()
+    before: tuple = ()
+    refuses: Mapping = field(default_factory=dict)
+    example: Mapping | None = None
+    replaces: str | None = None
+
+    @property
+    def parameters(self) -> dict:
+        "Its arguments, without the Learner: name → `inspect.Parameter`."
+        return dict(list(inspect.signature(self.f).parameters.items())[1:])
+
+    @property
+    def doc(self) -> str: return inspect.getdoc(self.f)
+
+    @property
+    def summary(self) -> str: return self.doc.split('\n')[0]
+
+    def arguments(self, value) -> dict | None:
+        "What a keyword's `value` means: `None`/`False` off (None), `True` defaults, a dict all arguments, anything else the first."
+        if value is None or value is False: return None
+        names = list(self.parameters)
+        if value is True: given = {}
+        elif isinstance(value, Mapping): given = dict(value)
+        elif not names: raise BadName(f'{self.name}: takes no arguments, only True or False, got {value!r}')
+        else: given = {names[0]: value}
+        for name in given:
+            if name not in names: raise BadName(f'{self.name}: no argument {name!r}{nearest(name, names)} It takes {", ".join(names) or "none"}.')
+        missing = [n for n, p in self.parameters.items() if p.default is p.empty and n not in given]
+        if missing: raise BadName(f'{self.name}: needs {", ".join(missing)}; write {self.name}=dict({missing[0]}=…)')
+        return given
+
+
+@dataclass
+class Applied:
+    "A technique as it was applied to one Learner: its arguments and, once known, what it changed."
+    arguments: dict
+    effect: str | None = None
+
+
+class TechniqueCallback(Callback):
+    "A callback reachable as `learn.<name>_cb`: fastai's `add_cb` would otherwise overwrite the method `learn.<name>`."
+    undoable = True
+
+    @property
+    def name(self): return super().name + '_cb'
+
+
+def put(learn: Learner, cb: Callback) -> Learner:
+    "Add `cb` in place of any callback of its class: calling a technique twice is calling it last."
+    for old in [o for o in learn.cbs if type(o) is type(cb)]:
+        if not getattr(old, 'undoable', True):
+            raise BadValue(f'{cb.name}: already applied, and it cannot be undone: build the Learner again to change it')
+        learn.remove_cb(old)
+    return learn.add_cb(cb)
+
+
+def say(learn: Learner, name: str, effect: str):
+    "Record in `learn.techniques` what technique `name` changed, or why it had nothing to change."
+    if name in applied(learn): applied(learn)[name].effect = effect
+
+
+def applied(learn: Learner) -> dict[str, Applied]:
+    "The techniques of `learn`, in the order they were applied."
+    return learn.__dict__.setdefault('techniques', {})
+
+
+def technique(stage: str, *, section, source: str, touches=(), after=(), before=(), refuses=None, example=None, replaces=None):
+    """Register `f(learn, …) -> learn` as a technique, patch it onto `Learner` and return it.
+
+    `stage` is one of `STAGES`; `after`/`before` order it within its stage; `refuses` maps another technique to the sentence that says
+    why the two do not go together; `example` gives small arguments where one is required. Raises at import if the name is taken."""
+    if stage not in STAGES: raise ValueError(f'technique: stage must be one of {STAGES}, got {stage!r}')
+
+    def register(f):
+        name = f.__name__
+        if name in TECHNIQUES: raise ValueError(f'technique {name!r} is registered twice')
+        if (why := _reserved(name)) and not replaces: raise ValueError(f'technique {name!r} clashes with {why}')
+
+        @wraps(f)
+        def method(self, *args, **kwargs):
+            arguments = inspect.signature(f).bind(self, *args, **kwargs).arguments
+            for other in applied(self): _refuse(name, other)
+            previous = applied(self).pop(name, None)
+            applied(self)[name] = Applied(dict(list(arguments.items())[1:]))
+            try: f(self, *args, **kwargs)
+            except BaseException:
+                del applied(self)[name]
+                if previous: applied(self)[name] = previous
+                raise
+            return self
+        method.__signature__ = inspect.signature(f)
+
+        TECHNIQUES[name] = Technique(name, method, stage, section, source, tuple(touches), tuple(after), tuple(before),
+                                     refuses or {}, example, replaces)
+        setattr(Learner, name, method)
+        return method
+    return register
+
+
+def _reserved(name: str) -> str | None:
+    "Why `name` cannot name a technique, or None."
+    if name in dir(Learner) or name in inspect.signature(Learner.__init__).parameters: return f'Learner.{name}'
+    if name in RECIPE_PARAMETERS: return 'a parameter of the recipes'
+    if name in dir(Callback): return f'Callback.{name}'
+    taken = {camel2snake(cls.__name__.removesuffix('Callback') or 'callback'): cls for cls in _subclasses(Callback) if not issubclass(cls, TechniqueCallback)}
+    if name in taken: return f'the attribute that {taken[name].__name__} sets on a Learner'
+
+
+def _subclasses(cls):
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
+
+
+def _refuse(a: str, b: str):
+    "Raise the sentence by which either record refuses the other."
+    for one, two in ((a, b), (b, a)):
+        if why := TECHNIQUES[one].refuses.get(two): raise BadValue(f'{one!r} and {two!r} do not go together: {why}')
+
+
+def plan(techniques: Mapping) -> list[tuple[Technique, dict]]:
+    """The techniques that these keywords switch on, with their arguments, in the order they are applied.
+
+    By stage, within a stage by the records' after/before, ties by name. Raises `TypeError` for an unknown name or argument and
+    `ValueError` for a pair that does not go together: recipes call it before they touch any data."""
+    discover()
+    for name in techniques:
+        if name not in TECHNIQUES:
+            raise BadName(f'no technique named {name!r}{nearest(name, TECHNIQUES)} `fastrecipes ls` lists the {len(TECHNIQUES)} there are')
+    on = {n: args for n, v in techniques.items() if (args := TECHNIQUES[n].arguments(v)) is not None}
+    for a in on:
+        for b in on:
+            if a < b: _refuse(a, b)
+    ordered = []
+    for stage in STAGES:
+        here = sorted(n for n in on if TECHNIQUES[n].stage == stage)
+        graph = TopologicalSorter({n: {o for o in here if o in TECHNIQUES[n].after or n in TECHNIQUES[o].before} for n in here})
+        try: graph.prepare()
+        except CycleError as e: raise ValueError(f'techniques ordered in a circle: {e.args[1]}') from None
+        while graph.is_active():
+            ready = sorted(graph.get_ready())
+            ordered += ready
+            graph.done(*ready)
+    return [(TECHNIQUES[n], on[n]) for n in ordered]
+
+
+@patch
+def use(self: Learner, **techniques) -> Learner:
+    """Apply techniques by keyword, in their own order whatever the order of the keywords.
+
+    `None`/`False` off, `True` defaults, a dict all arguments, anything else the first. Raises `TypeError` for an unknown one."""
+    for t, arguments in plan(techniques): t.f(self, **arguments)
+    return self
+
+
+def discover() -> dict[str, Technique]:
+    "Import every module that registers techniques, and return `TECHNIQUES`."
+    root = Path(__file__).parent
+    for file in sorted(root.glob('*/*.py')):
+        if '\n@technique(' in file.read_text(encoding='utf8'): import_module(f'fastrecipes.{file.parent.name}.{file.stem}')
+    return TECHNIQUES

@@ -1,0 +1,51 @@
+"What many tests stand on: small real data, made once."
+import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '2')
+os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ['XDG_CACHE_HOME'] = os.path.join(os.environ.get('PYTEST_CACHE_HOME', '/tmp'), f'fastrecipes-tests-{os.getpid()}')
+
+import numpy as np                                              # noqa: E402
+import pytest                                                   # noqa: E402
+import torch                                                    # noqa: E402
+from fastai.basics import Learner, nn                           # noqa: E402
+from fastai.data.core import DataLoaders                        # noqa: E402
+from fastai.metrics import accuracy                             # noqa: E402
+from PIL import Image                                           # noqa: E402
+
+from fastrecipes.data.keyed import KeyedDL                      # noqa: E402
+from fastrecipes.data.loaders import Indexed                    # noqa: E402
+from fastrecipes.data.samples import digits                     # noqa: E402
+
+
+@pytest.fixture(scope='session')
+def digit_folder(tmp_path_factory):
+    "The embedded digits as a folder of PNGs, ten to one imbalanced; read only."
+    return digits(tmp_path_factory.mktemp('digits'), imbalance=10)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    "Two classes of ten 16×12 px noise images: `photos/<cat|dog>/<i>.png`."
+    rng = np.random.default_rng(0)
+    for label in ('cat', 'dog'):
+        (tmp_path/'photos'/label).mkdir(parents=True)
+        for i in range(10): Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).save(tmp_path/'photos'/label/f'{i}.png')
+    return tmp_path/'photos'
+
+
+@pytest.fixture
+def toy():
+    "`toy(n=64, c=3, loss_func=…)`: a linear Learner on seeded noise in memory, without progress bars."
+    def make(n=64, c=3, d=4, bs=16, loss_func=None, labels=None, seed=0, model=None, **kwargs):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(n, d, generator=g)
+        y = torch.randint(c, (n,), generator=g) if labels is None else torch.as_tensor(labels)
+        ds = Indexed(torch.utils.data.TensorDataset(x, y), vocab=range(c))
+        dls = DataLoaders(KeyedDL(ds, bs, seed=seed, shuffle=True, drop_last=True, num_workers=0), KeyedDL(ds, bs, seed=seed, num_workers=0), device=torch.device('cpu'))
+        torch.manual_seed(seed)
+        learn = Learner(dls, model or nn.Linear(d, c), loss_func or nn.CrossEntropyLoss(), metrics=accuracy, **kwargs)
+        learn.remove_cb(learn.progress)
+        learn.logger = lambda row: None
+        return learn
+    return make

@@ -1,0 +1,109 @@
+"The registry: one definition, and what follows from it."
+import itertools
+
+import pytest
+from fastai.basics import Callback, Learner
+
+from fastrecipes.technique import STAGES, TECHNIQUES, TechniqueCallback, discover, plan, put, technique
+
+SET = dict(mixup=.3, balance='upsampling', early_stop=dict(patience=2), label_smoothing=True)
+
+
+@pytest.fixture
+def registered():
+    "Register techniques in a test, and forget them after it."
+    before = dict(TECHNIQUES)
+    yield
+    for name in TECHNIQUES.keys() - before.keys():
+        del TECHNIQUES[name]
+        delattr(Learner, name)
+
+
+def test_the_order_of_keywords_never_matters():
+    orders = {tuple(t.name for t, _ in plan(dict(p))) for p in itertools.permutations(SET.items())}
+    assert orders == {('balance', 'label_smoothing', 'early_stop', 'mixup')}
+
+
+def test_values_mean_off_defaults_first_argument_or_all():
+    discover()
+    mixup = TECHNIQUES['mixup']
+    assert [mixup.arguments(v) for v in (None, False, True, .2, dict(alpha=.3))] == [None, None, {}, {'alpha': .2}, {'alpha': .3}]
+
+
+@pytest.mark.parametrize('keywords, message', [
+    (dict(mixpu=.4), "no technique named 'mixpu'; did you mean 'mixup'"),
+    (dict(mixup=dict(alpa=.4)), "mixup: no argument 'alpa'; did you mean 'alpha'")])
+def test_an_unknown_keyword_is_a_type_error_that_names_the_nearest(keywords, message):
+    with pytest.raises(TypeError, match=message): plan(keywords)
+
+
+def test_a_required_argument_cannot_be_switched_on_by_true(registered):
+    @technique('train', section='Test', source='here')
+    def needs_a_teacher(self, teacher): "Needs one."
+    with pytest.raises(TypeError, match='needs_a_teacher: needs teacher'): plan(dict(needs_a_teacher=True))
+
+
+@pytest.mark.parametrize('name, why', [('fit', 'Learner.fit'), ('lr', 'Learner.lr'), ('epochs', 'a parameter of the recipes'), ('order', 'Callback.order'),
+                                       ('mix_up', 'the attribute that MixUp sets'), ('mixup', 'registered twice')])
+def test_a_name_that_is_taken_fails_at_import(name, why):
+    discover()
+    def f(self): "Taken."
+    f.__name__ = name
+    with pytest.raises(ValueError, match=why): technique('train', section='Test', source='here')(f)
+
+
+def test_a_declared_order_within_a_stage_wins_over_the_names(registered):
+    for name, after in (('test_a', ('test_b',)), ('test_b', ())):
+        def f(self): "Ordered."
+        f.__name__ = name
+        technique('train', section='Test', source='here', after=after)(f)
+    assert [t.name for t, _ in plan(dict(test_a=True, test_b=True))] == ['test_b', 'test_a']
+
+
+def test_a_refused_pair_raises_its_sentence_both_ways_and_before_anything_is_applied(registered, toy):
+    @technique('data', section='Test', source='here')
+    def test_left(self): raise AssertionError('applied')
+    @technique('train', section='Test', source='here', refuses={'test_left': 'both pull'})
+    def test_right(self): return self
+    with pytest.raises(ValueError, match="'test_(left|right)' and 'test_(left|right)' do not go together: both pull"): plan(dict(test_left=True, test_right=True))
+    with pytest.raises(ValueError, match='both pull'): toy().test_right().test_left()
+
+
+def test_the_decorator_returns_the_function_and_the_method_chains(toy):
+    from fastrecipes.data.mixing import mixup
+    assert mixup is TECHNIQUES['mixup'].f and mixup.__name__ == 'mixup'         # fastcore's @patch would leave None here
+    learn = toy()
+    assert learn.mixup(.2).early_stop() is learn
+    assert learn.techniques['mixup'].arguments == {'alpha': .2}
+
+
+def test_put_makes_the_last_call_win_and_the_method_survives(toy):
+    learn = toy().mixup(.2).mixup(.3)
+    assert [cb.mixup for cb in learn.cbs if type(cb).__name__ == 'Mix'] == [.3]
+    assert callable(learn.mixup)                                                # fastai's add_cb overwrites learn.<class name>
+
+
+def test_put_raises_where_the_first_cannot_be_undone(toy):
+    class Surgery(TechniqueCallback): undoable = False
+    learn = put(toy(), Surgery())
+    with pytest.raises(ValueError, match='cannot be undone'): put(learn, Surgery())
+
+
+def test_a_technique_that_raises_is_not_recorded(toy):
+    learn = toy()
+    with pytest.raises(ValueError, match='alpha must be > 0'): learn.mixup(-1)
+    assert 'mixup' not in learn.techniques
+
+
+def test_every_record_is_complete():
+    for t in discover().values():
+        assert t.stage in STAGES and t.section and t.source and t.summary.endswith('.')
+        required = [n for n, p in t.parameters.items() if p.default is p.empty]
+        assert not required or set(required) <= set(t.example or {}), f'{t.name} needs an example'
+
+
+def test_no_technique_is_named_like_a_callback():
+    def subclasses(cls): return {s for c in cls.__subclasses__() for s in {c} | subclasses(c)}
+    discover()
+    names = {cls.__new__(cls).name for cls in subclasses(Callback) if not cls.__module__.startswith(('test', 'fastai.callback.tensorboard'))}
+    assert not names & TECHNIQUES.keys()
