@@ -53,7 +53,9 @@ def as_dataloaders(data, *, bs: int = 64, valid: float = .2, test: float = .1, s
 
 
 def _from_parts(parts, bs, seed) -> DataLoaders:
-    vocab = _classes(getattr(parts[0], 'dataset', parts[0]) if isinstance(parts[0], DataLoader) else parts[0])
+    sets = [p.dataset if isinstance(p, DataLoader) else p for p in parts]
+    if any(isinstance(s, IterableDataset) for s in sets): raise BadValue('path: an IterableDataset has no samples to index; pass map-style datasets')
+    vocab = _classes(sets[0])
     loaders = [_loader(p, i == 0, bs, seed, vocab) for i, p in enumerate(parts)]
     if len(loaders[0]) == 0: raise BadValue(f'bs: {loaders[0].bs} is more than the {len(loaders[0].dataset)} training samples')
     return DataLoaders(*loaders, device=torch.device('cuda') if torch.cuda.is_available() else torch.device('cpu'))
@@ -62,7 +64,6 @@ def _from_parts(parts, bs, seed) -> DataLoaders:
 def _loader(part, train: bool, bs: int, seed: int, vocab) -> KeyedDL:
     "One torch dataset or loader as a `KeyedDL`; a loader keeps its batch size, order and collation."
     if not isinstance(part, DataLoader): return KeyedDL(Indexed(part, vocab), bs, seed=seed, shuffle=train, drop_last=train, num_workers=0)
-    if isinstance(part.dataset, IterableDataset): raise BadValue('path: a loader over an IterableDataset has no samples to index; pass a map-style dataset')
     random = isinstance(part.sampler, RandomSampler)
     own = None if random or isinstance(part.sampler, SequentialSampler) else _Given(part.sampler)
     kw = {} if part.collate_fn is torch.utils.data.default_collate else {'create_batch': part.collate_fn}

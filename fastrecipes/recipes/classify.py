@@ -48,7 +48,7 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     asked = dict(locals())
     todo = plan({**USUAL, **techniques})
     check_recipe(arch, epochs, lr, schedule)
-    run = out and RunFolder.open('image-classifier', asked, out=out, overwrite=overwrite)
+    run = out and RunFolder.open('image-classifier', asked, out, overwrite, defaults=image_classifier)
     net = backbone(arch, pretrained)
 
     seed_everything(seed)

@@ -68,7 +68,7 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
     asked = dict(locals())
     plan({**USUAL, **techniques})
     check_recipe(arch, epochs, lr, schedule)
-    run = RunFolder.open('pipeline', asked, out=out, overwrite=overwrite)
+    run = RunFolder.open('pipeline', asked, out, overwrite, defaults=pipeline)
     backbone(arch, pretrained)                   # weights that cannot be fetched: say so before an hour of work
 
     seed_everything(seed)

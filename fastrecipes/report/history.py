@@ -18,8 +18,8 @@ class History(Callback):
     def name(self): return 'history_cb'
 
     def after_fit(self):
-        if any(isinstance(cb, LRFinder) for cb in self.learn.cbs): return
         r = self.learn.recorder
+        if not r.losses or any(isinstance(cb, LRFinder) for cb in self.learn.cbs): return   # `validate()` comes here too, with nothing trained
         self.fits.append(dict(name=self.title, columns=list(r.metric_names[1:-1]), rows=[[float(v) for v in row] for row in r.values],
                               rates=[float(v) for v in r.lrs], losses=[float(v) for v in r.losses]))
 
@@ -32,19 +32,16 @@ def history(learn: Learner) -> History:
 
 class Lines:
     "A logger for fastai that prints one readable line an epoch."
-    def __init__(self, title: str = ''): self.title, self.columns = title, []
+    def __init__(self, recorder, title: str): self.recorder, self.title = recorder, title
 
     def __call__(self, row):
-        row = list(row)
-        if row and row[0] == 'epoch': self.columns = row
-        elif row:
-            cells = [f'{n} {v:.4f}' if isinstance(v, float) else f'{n} {v}' for n, v in zip(self.columns, row)]
-            print(f'  {self.title}: ' + '  '.join(cells) if self.title else '  ' + '  '.join(cells), flush=True)
+        cells = [f'{name} {v:.4f}' if isinstance(v, float) else f'{name} {v}' for name, v in zip(self.recorder.metric_names, row)]
+        print(f'  {self.title}: ' + '  '.join(cells), flush=True)
 
 
-def lines_unless_terminal(learn: Learner, title: str = '') -> Learner:
+def lines_unless_terminal(learn: Learner, title: str) -> Learner:
     "Bars in a terminal or a notebook, one line an epoch anywhere else: a bar redraws itself into thousands of characters of a log."
     if sys.stdout.isatty() or 'ipykernel' in sys.modules: return learn
     learn.remove_cb(ProgressCallback)
-    learn.logger = Lines(title)
+    learn.logger = Lines(learn.recorder, title)
     return learn

@@ -27,16 +27,21 @@ class EarlyStop(TechniqueCallback):
 
     def __init__(self, monitor, patience, min_delta, restore):
         self.monitor, self.patience, self.min_delta, self.restore = monitor, patience, min_delta, restore
-        self._reset()
+        self.fresh, self.trained = True, False
+        self._forget()
 
-    def _reset(self): self.best, self.best_epoch, self.weights, self.waited, self.trained = None, None, None, 0, False
+    def _forget(self): self.best, self.best_epoch, self.weights, self.waited = None, None, None, 0
 
-    def before_fit(self): self._reset()
+    def before_fit(self): self.fresh = True         # `validate()` and `get_preds()` call it too: nothing is forgotten until an epoch trains
     def before_epoch(self): self.trained = False
-    def before_train(self): self.trained = not any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+
+    def before_train(self):
+        self.trained = not any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        if self.trained and self.fresh: self._forget()
+        self.fresh = self.fresh and not self.trained
 
     def after_epoch(self):
-        if not self.trained: return             # `validate()` and skipped epochs come here too, with nothing to judge
+        if not self.trained: return                 # `validate()` and skipped epochs come here too, with nothing to judge
         value = self.learn.recorder.values[-1][self.learn.recorder.metric_names[1:].index(self.monitor)]
         if self._better(value): self._keep(value)
         else: self.waited += 1
@@ -46,7 +51,7 @@ class EarlyStop(TechniqueCallback):
         raise CancelFitException('early_stop')
 
     def after_fit(self):
-        if self.best_epoch is None: return
+        if self.fresh or self.best_epoch is None: return
         if self.restore and self.best_epoch != self.learn.epoch: self.learn.model.load_state_dict(self.weights)
         if self.waited < self.patience:
             say(self.learn, 'early_stop', f'ran to the end; best {self.monitor} {self.best:.4f} in epoch {self.best_epoch}{", restored" if self.restore else ""}')

@@ -1,0 +1,200 @@
+"The folder that is served: a graph, a card that says how to use it, what it needs; written only if it answers as the Learner does."
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.basics import L, Learner
+from fastai.callback.fp16 import MixedPrecision
+
+from fastrecipes import __version__
+from fastrecipes.errors import BadValue
+from fastrecipes.production.export import activation_of, input_contract, labels, served, to_onnx
+from fastrecipes.production.predictor import CARD, MODEL, SCHEMA, Predictor, sha256
+from fastrecipes.randomness import default_seed
+from fastrecipes.technique import applied
+
+__all__ = ['Bundle', 'Parity', 'write_bundle', 'TOLERANCE']
+
+TOLERANCE = 1e-4                        # of a probability, between the Learner and its bundle
+SERVING = ('onnxruntime', 'numpy', 'Pillow')
+PROVENANCE = ('torch', 'fastai', 'timm', 'onnx', *SERVING)
+WARM, PAIRS, PATIENCE = 3, 50, 4.       # runs before the timing; pairs timed, at most, and for at most so many seconds
+
+
+@dataclass(frozen=True)
+class Parity:
+    "How a bundle compares with its Learner: images compared, those with the same best label, the largest difference of a probability."
+    images: int
+    agree: int
+    max_difference: float
+
+    @property
+    def holds(self) -> bool: return self.agree == self.images and self.max_difference <= TOLERANCE
+
+    def __str__(self): return f'the Learner\'s label on {self.agree} of {self.images} validation images, probabilities within {self.max_difference:.1g}'
+
+
+@dataclass(frozen=True)
+class Bundle:
+    "A bundle that was written: where, how it compares with its Learner, ms an image on one thread beside eager torch, the graph's bytes."
+    path: Path
+    parity: Parity
+    latency_ms: float
+    eager_latency_ms: float
+    size_bytes: int
+
+    def predictor(self, threads: int | None = None) -> Predictor:
+        "The `Predictor` that reads it."
+        return Predictor(self.path, threads)
+
+    def __str__(self):
+        return (f'bundle {self.path}: {self.size_bytes/1e6:.1f} MB, {self.latency_ms:.2f} ms an image on one thread '
+                f'(eager torch {self.eager_latency_ms:.2f} ms); {self.parity}')
+
+
+def write_bundle(learn: Learner, path, *, overwrite: bool = False) -> Bundle:
+    """Write `learn` as a bundle to the folder `path`: model.onnx, bundle.json, requirements.txt.
+
+    It takes its name only when it has answered, from the image files of the whole validation set, as the Learner does: the same best
+    label on every image, probabilities within 1e-4. Raises `ValueError`, and leaves nothing behind, where it does not; where `path`
+    is there already and not `overwrite`, or is no bundle; and where the data are not those of `image_folder`."""
+    path = Path(path)
+    _check_target(path, overwrite)
+    contract, items = input_contract(learn), list(learn.dls.valid.items)
+    if not items: raise BadValue('ship: there is no validation image to verify the bundle on; give the Learner its data back')
+
+    tmp = _beside(path)
+    try:
+        expected, targets = _answers(learn)
+        model = served(learn)
+        to_onnx(learn, tmp/MODEL, model)
+        (tmp/'requirements.txt').write_text(''.join(f'{p}>={version(p)}\n' for p in SERVING), encoding='utf8')
+        card = dict(schema=SCHEMA, labels=labels(learn), input=contract, files={f.name: sha256(f.read_bytes()) for f in sorted(tmp.iterdir())})
+        _write_card(tmp, card)
+
+        got = Predictor(tmp).probabilities(items)
+        parity = _compare(got, expected, items)
+        ms, eager_ms, pairs = _latency(Predictor(tmp, threads=1), model)
+        size = (tmp/MODEL).stat().st_size
+        _write_card(tmp, card | dict(metrics=_metrics(got, targets), parity=asdict(parity), latency_ms=ms, eager_latency_ms=eager_ms,
+                                     timing=dict(batch=1, threads=1, pairs=pairs, machine=platform.machine(), cpus=os.cpu_count()),
+                                     size_bytes=size, provenance=_provenance(learn)))
+        _put_in_place(tmp, path.resolve())
+    finally: shutil.rmtree(tmp, ignore_errors=True)
+    return Bundle(path, parity, ms, eager_ms, size)
+
+
+def _check_target(path: Path, overwrite: bool):
+    "Raise where `path` holds what must stay: with `overwrite` a bundle goes, and nothing else does."
+    if not path.exists(): return
+    if not path.is_dir(): raise BadValue(f'out: {path} is a file; name a folder')
+    ours = (path/CARD).is_file() or not any(path.iterdir())
+    if not ours: raise BadValue(f'out: {path} holds files that are no bundle; name a new folder')
+    if not overwrite: raise BadValue(f'out: {path} exists already; name another --out, or add --overwrite to replace it')
+
+
+def _beside(path: Path) -> Path:
+    "An empty folder next to `path`, where a rename is one step."
+    target = path.resolve()
+    tmp = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+    try: tmp.mkdir(parents=True)
+    except OSError as e: raise BadValue(f'out: {path} cannot be created: {e.strerror.lower()}') from e
+    return tmp
+
+
+def _put_in_place(tmp: Path, path: Path):
+    "Give the finished folder its name; what had it goes only then."
+    old = tmp.with_suffix('.old')
+    if path.exists(): os.rename(path, old)
+    try: os.rename(tmp, path)
+    except BaseException:
+        if old.exists(): os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_card(folder: Path, card: dict): (folder/CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + '\n', encoding='utf8')
+
+
+def _answers(learn: Learner) -> tuple[np.ndarray, np.ndarray]:
+    "The Learner's own probabilities `(n, c)` and targets `(n,)` on its validation set, in 32 bits throughout; it stays as it was."
+    activation, cbs, modes = activation_of(learn.loss_func), list(learn.cbs), {m: m.training for m in learn.model.modules()}
+    try:
+        with learn.no_bar(), learn.removed_cbs([cb for cb in cbs if isinstance(cb, MixedPrecision)]), _full_precision():
+            p, y = learn.get_preds(act=activation)
+    finally:
+        learn.cbs = L(cbs)                       # `removed_cbs` puts them back at the end
+        for m, training in modes.items(): m.training = training
+    return np.asarray(p.float()), np.asarray(y)
+
+
+@contextmanager
+def _full_precision():
+    "No TF32 on a GPU: its 10 bits of mantissa move probabilities by more than a bundle may."
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [b.allow_tf32 for b in backends]
+    for b in backends: b.allow_tf32 = False
+    try: yield
+    finally:
+        for b, was in zip(backends, before): b.allow_tf32 = was
+
+
+def _compare(got, expected, items) -> Parity:
+    "The bundle's answers beside the Learner's; raises where they are not the same."
+    off = np.abs(got-expected).max(1)
+    differs = got.argmax(1) != expected.argmax(1)
+    parity = Parity(len(items), int((~differs).sum()), float(off.max()))
+    if parity.holds: return parity
+    worst = items[int((off + differs).argmax())]
+    raise BadValue(f'ship: the bundle does not answer as the Learner does, so none was written: {parity}, at most {TOLERANCE:g} is allowed '
+                   f'(worst: {worst}). Do the validation transforms do more than image_folder\'s, resize, scale and normalise?')
+
+
+def _latency(predictor: Predictor, model) -> tuple[float, float, int]:
+    "Median ms for one image, by the bundle and by eager torch, one thread each, taken in turns; and the number of pairs."
+    w, h = predictor.input['size']
+    pixels = np.random.default_rng(0).integers(0, 256, (1, h, w, 3), dtype=np.uint8)
+    tensor, threads, times = torch.from_numpy(pixels), torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            started = time.perf_counter()
+            while len(times) < WARM + 5 or len(times) < WARM + PAIRS and time.perf_counter()-started < PATIENCE:
+                times.append((_ms(lambda: predictor.run(pixels)), _ms(lambda: model(tensor))))
+    finally: torch.set_num_threads(threads)
+    ours, eager = zip(*times[WARM:])
+    return round(statistics.median(ours), 4), round(statistics.median(eager), 4), len(ours)
+
+
+def _ms(f) -> float:
+    start = time.perf_counter()
+    f()
+    return 1000*(time.perf_counter()-start)
+
+
+def _metrics(p, y) -> dict:
+    "How right the bundle is on the validation set, overall and as the mean over the classes that occur."
+    right = p.argmax(1) == y
+    return dict(side='valid', images=len(y), accuracy=float(right.mean()),
+                balanced_accuracy=float(np.mean([right[y == c].mean() for c in np.unique(y)])))
+
+
+def _provenance(learn: Learner) -> dict:
+    "What it was made with: versions, seed, data, techniques, command, date."
+    keyed = getattr(learn, 'keyed_cb', None)
+    return dict(fastrecipes=__version__, python=platform.python_version(), versions={p: version(p) for p in PROVENANCE},
+                seed=keyed.seed if keyed else default_seed(), data=getattr(getattr(learn.dls, 'holdings', None), 'fingerprint', None),
+                techniques=list(applied(learn)), command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                date=datetime.now().astimezone().isoformat(timespec='seconds'))

@@ -1,0 +1,146 @@
+"A Learner taken out of training: pickled for ourselves, or as a graph that takes pixels and gives probabilities."
+import io
+import json
+import logging
+import os
+import warnings
+from contextlib import contextmanager, redirect_stdout
+from copy import copy, deepcopy
+from functools import partial
+from pathlib import Path
+
+import cloudpickle
+import onnx
+import torch
+from fastai.basics import Callback, L, Learner, defaults, nn
+from fastai.distributed import rank_distrib
+from fastai.learner import Recorder
+from fastai.vision.all import IntToFloatTensor, Normalize
+from torch.nn import functional as F
+
+from fastrecipes.data.folders import Fit
+from fastrecipes.errors import BadValue
+from fastrecipes.objective import cross_entropy_of
+
+__all__ = ['export_learner', 'Served', 'served', 'activation_of', 'input_contract', 'labels', 'to_onnx']
+
+
+def export_learner(learn: Learner, path) -> Path:
+    """Pickle `learn` to `path` for `load_learner`: without data, optimizer and callbacks other than fastai's defaults.
+
+    `learn` itself is not touched, whatever happens (fastai 2.8.12 empties `learn.dls` and drops the optimizer when its `export`
+    fails, as it does with a CSVLogger), and `path` is written at once or not at all."""
+    path = Path(path)
+    if rank_distrib(): return path               # one of the processes writes
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')      # torch and fastai warn of pickles in general
+            torch.save(_bare(learn), tmp, pickle_module=cloudpickle, pickle_protocol=2)
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
+    return path
+
+
+def _bare(learn: Learner) -> Learner:
+    "A copy of `learn` that shares its model and holds nothing of its training: no data, optimizer, batch, logger, callbacks of others."
+    bare = copy(learn)
+    for name, value in list(vars(bare).items()):
+        if isinstance(value, Callback): delattr(bare, name)
+    bare._end_cleanup()
+    bare.dls, bare.opt, bare.logger, bare.cbs, bare.loss_grad = learn.dls.new_empty(), None, print, L(), None
+    for cb in learn.cbs:
+        if type(cb) in defaults.callbacks: bare.add_cb(copy(cb) if isinstance(cb, Recorder) else type(cb)())     # a fit that died leaves bars
+    return bare
+
+
+class Served(nn.Module):
+    "What is served: uint8 pixels `(n, h, w, 3)` → scaled to [0, 1] and normalised → the model → probabilities `(n, c)`."
+    def __init__(self, model: nn.Module, activation, mean=None, std=None):
+        super().__init__()
+        self.model, self.activation = model, activation
+        self.register_buffer('mean', mean)
+        self.register_buffer('std', std)
+
+    def forward(self, pixels):
+        x = pixels.permute(0, 3, 1, 2).float()/255
+        if self.mean is not None: x = (x-self.mean)/self.std
+        return self.activation(self.model(x))
+
+
+def served(learn: Learner) -> Served:
+    "`learn` as it is served: a copy of its model on the CPU, in 32 bits and evaluation mode; `learn` keeps its device, mode and hooks."
+    norm = next((t for t in learn.dls.valid.after_batch.fs if isinstance(t, Normalize)), None)
+    mean, std = (t.detach().as_subclass(torch.Tensor).cpu().float() for t in (norm.mean, norm.std)) if norm else (None, None)
+    model = Served(deepcopy(learn.model).cpu().float(), activation_of(learn.loss_func), mean, std).eval()
+    return model.requires_grad_(False)
+
+
+def activation_of(loss_func):
+    "What turns the outputs of a model trained by `loss_func` into probabilities. Raises `ValueError` where the loss does not say."
+    if ce := cross_entropy_of(loss_func): return partial(F.softmax, dim=ce.axis)
+    if callable(activation := getattr(loss_func, 'activation', None)): return activation
+    raise BadValue(f'ship: {loss_func} does not say how outputs become probabilities; use a cross entropy, or a loss with an `activation` method')
+
+
+def input_contract(learn: Learner) -> dict:
+    "How an image becomes the input of the graph. Raises `ValueError` where the Learner's data are not those of `image_folder`."
+    valid = getattr(learn.dls, 'valid', None)
+    fit = next((t for t in getattr(getattr(valid, 'after_item', None), 'fs', ()) if isinstance(t, Fit)), None)
+    if fit is None or not any(isinstance(t, IntToFloatTensor) for t in valid.after_batch.fs):
+        raise BadValue('ship: needs a Learner on data made by image_folder, for what is shipped reads image files as training did, '
+                       'and other data do not say how')
+    return dict(size=list(fit.size), resize=fit.resize, mode='RGB', dtype='uint8', layout='NHWC',
+                pixels='upright by EXIF, first frame, 16 bits scaled to 8, transparency on white, then resized by Pillow, bilinear')
+
+
+def labels(learn: Learner) -> list[str]:
+    "The names of the classes, in the order of the model's outputs."
+    return [str(v) for v in learn.dls.vocab]
+
+
+def to_onnx(learn: Learner, path, model: Served | None = None) -> Path:
+    """Write `learn` to `path` as one ONNX file: uint8 pixels `(n, h, w, 3)` in, any n; probabilities `(n, c)` out; checked in full.
+
+    Height and width are those of the Learner's data. Its labels and the reading of images are in the file's metadata. `model`:
+    what `served(learn)` gave, if it is at hand."""
+    path, contract = Path(path), input_contract(learn)
+    w, h = contract['size']
+    pixels = torch.randint(256, (2, h, w, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with _quiet():
+        program = torch.onnx.export(model or served(learn), (pixels,), dynamo=True, external_data=False, verbose=False,
+                                    dynamic_shapes=({0: torch.export.Dim('n')},), input_names=['pixels'], output_names=['probabilities'])
+    proto = _without_traces(program.model_proto)
+    onnx.helper.set_model_props(proto, dict(labels=json.dumps(labels(learn)), input=json.dumps(contract)))
+    onnx.checker.check_model(proto, full_check=True)
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        tmp.write_bytes(proto.SerializeToString())
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def _quiet():
+    "The exporter tells of its steps, and of what it fell back on, by print, warnings and logging."
+    log = logging.getLogger('torch.onnx')
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter('ignore')
+            yield
+    finally: log.setLevel(level)
+
+
+def _without_traces(proto: onnx.ModelProto) -> onnx.ModelProto:
+    "The graph without the exporter's notes: stack traces with the paths of the machine it ran on, class names, rewrites."
+    graphs = [proto.graph]
+    for g in graphs:
+        for o in (g, *g.node, *g.input, *g.output, *g.value_info, *g.initializer): del o.metadata_props[:]
+        graphs += [a.g for n in g.node for a in n.attribute if a.HasField('g')]
+    for f in proto.functions:
+        for o in (f, *f.node, *f.value_info): del o.metadata_props[:]
+    return proto

@@ -1,0 +1,96 @@
+"A bundle put to use: images in, probabilities by label out. Needs onnxruntime, NumPy and Pillow; no torch."
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from PIL import Image
+
+from fastrecipes.data.pixels import fit_image, read_image
+from fastrecipes.errors import BadValue, NotThere
+
+__all__ = ['Predictor', 'SCHEMA', 'CARD', 'MODEL', 'sha256']
+
+SCHEMA = 1                              # of bundle.json: a reader refuses what is newer than itself
+CARD, MODEL = 'bundle.json', 'model.onnx'
+BATCH = 32
+
+
+class Predictor:
+    """The model of a bundle. `Predictor(dir)(image, k=5)` gives `{label: probability}`, best first; a list gives a list.
+
+    `threads`: how many compute one answer (default: a physical core each). One Predictor may serve many threads at once. Raises
+    `FileNotFoundError` and `ValueError`: no bundle, a file of it missing or changed, written by a newer version.
+    `.labels` in the order of the columns of `.probabilities`; `.card`: all of bundle.json."""
+    def __init__(self, dir, threads: int | None = None):
+        self.path = Path(dir)
+        self.card = _read_card(self.path)
+        files = {name: _verified(self.path/name, digest) for name, digest in self.card['files'].items()}
+        if MODEL not in files: raise BadValue(f'bundle: {self.path/CARD} names no {MODEL}; ship it again')
+        self.labels, self.input = self.card['labels'], self.card['input']
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads or 0, 3
+        self.session = ort.InferenceSession(files[MODEL], options, providers=['CPUExecutionProvider'])
+        self._check_graph()
+
+    def __repr__(self): return f'Predictor({str(self.path)!r}): {len(self.labels)} labels, images of {"×".join(map(str, self.input["size"]))} px'
+
+    def __call__(self, x, k: int | None = None):
+        "`{label: probability}`, best first, the `k` best or all, for a path, bytes, Pillow image or uint8 array `(h, w, 3)`; a list gives a list."
+        if k is not None and k < 1: raise BadValue(f'k: at least 1, got {k}')
+        many = isinstance(x, (list, tuple))
+        answers = [self._ranked(p, k) for p in self.probabilities(x if many else [x])]
+        return answers if many else answers[0]
+
+    def probabilities(self, images) -> np.ndarray:
+        "The probabilities `(n, c)` of the labels for `n` images, read and run 32 at a time."
+        parts = [self.run(np.stack([self.pixels(x) for x in images[i:i+BATCH]])) for i in range(0, len(images), BATCH)]
+        return np.concatenate([np.empty((0, len(self.labels)), np.float32), *parts])
+
+    def pixels(self, x) -> np.ndarray:
+        "What the graph takes for one image: uint8 `(h, w, 3)` of the bundle's size."
+        im = Image.fromarray(_checked(x)) if isinstance(x, np.ndarray) else read_image(x)
+        return np.asarray(fit_image(im, tuple(self.input['size']), self.input['resize']))
+
+    def run(self, pixels: np.ndarray) -> np.ndarray:
+        "The probabilities `(n, c)` for pixels `(n, h, w, 3)` as `.pixels` makes them."
+        return self.session.run(None, {self.session.get_inputs()[0].name: pixels})[0]
+
+    def _ranked(self, p, k) -> dict[str, float]:
+        return {self.labels[i]: float(p[i]) for i in np.argsort(-p, kind='stable')[:k]}
+
+    def _check_graph(self):
+        "The card may have been edited where no checksum sees it: the graph carries its own labels and input."
+        own = {k: json.loads(v) for k, v in self.session.get_modelmeta().custom_metadata_map.items() if k in ('labels', 'input')}
+        for k, v in own.items():
+            if v != self.card[k]: raise BadValue(f'bundle: {k} in {self.path/CARD} is not what {MODEL} was made with; ship it again')
+
+
+def sha256(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
+
+
+def _read_card(path: Path) -> dict:
+    if not path.is_dir(): raise NotThere(f'bundle: {path} {"is a file" if path.exists() else "does not exist"}; give the folder that `ship` wrote')
+    if not (path/CARD).is_file(): raise NotThere(f'bundle: {path} has no {CARD}; give the folder that `ship` wrote')
+    try: card = json.loads((path/CARD).read_text(encoding='utf8'))
+    except ValueError as e: raise BadValue(f'bundle: {path/CARD} is not JSON ({e})') from None
+    if not isinstance(card, dict): raise BadValue(f'bundle: {path/CARD} holds no card; ship it again')
+    if not isinstance(schema := card.get('schema'), int) or schema < 1: raise BadValue(f'bundle: {path/CARD} tells no schema version; ship it again')
+    if schema > SCHEMA: raise BadValue(f'bundle: {path} was written by a newer fastrecipes (schema {schema}, this one reads {SCHEMA}); upgrade fastrecipes')
+    if missing := [k for k, kind in (('labels', list), ('input', dict), ('files', dict)) if not isinstance(card.get(k), kind)]:
+        raise BadValue(f'bundle: {path/CARD} lacks {", ".join(missing)}; ship it again')
+    return card
+
+
+def _verified(file: Path, digest: str) -> bytes:
+    "The content of a file of the bundle, if it is what was shipped."
+    if not file.is_file(): raise NotThere(f'bundle: {file} is missing; ship it again')
+    data = file.read_bytes()
+    if sha256(data) != digest: raise BadValue(f'bundle: {file} is not the file that was shipped (its sha256 differs); ship it again')
+    return data
+
+
+def _checked(a: np.ndarray) -> np.ndarray:
+    if a.dtype == np.uint8 and a.ndim == 3 and a.shape[2] == 3 and a.size: return a
+    raise BadValue(f'image: an array must be uint8 (height, width, 3), got {a.dtype} {a.shape}; pass several images as a list')

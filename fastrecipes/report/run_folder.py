@@ -1,0 +1,211 @@
+"What a run leaves behind: a folder that says how to run it again, with what it was run, and whether it came to its end."
+import csv
+import inspect
+import io
+import json
+import os
+import platform
+import shlex
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+from fastrecipes import __version__
+from fastrecipes.errors import BadValue, NotThere
+
+__all__ = ['RunFolder', 'load_run', 'command_line']
+
+RECIPE, PROVENANCE, LEARNER = 'recipe.yaml', 'provenance.json', 'learner.pkl'
+OURS = (RECIPE, PROVENANCE, LEARNER, 'history.csv', 'report.html', 'checkpoint/*.pt', 'checkpoint/*.pth', 'checkpoint/*.json',     # all that
+        'bundle/model.onnx', 'bundle/bundle.json', 'bundle/requirements.txt', 'bundle/serve.pyz', 'bundle/Dockerfile')           # overwrite removes
+PACKAGES = ('torch', 'torchvision', 'fastai', 'timm', 'onnxruntime', 'onnx', 'numpy', 'pillow')
+POSITIONAL = ('path', 'run', 'bundle')
+
+
+class RunFolder:
+    "The folder of one run; every file in it is written to a temporary name first, so that a kill never leaves half of one."
+    def __init__(self, path: Path, recipe: str, arguments: dict, provenance: dict, shown: dict):
+        self.path, self.recipe, self.arguments, self.provenance, self.shown = path, recipe, arguments, provenance, shown
+
+    @classmethod
+    def open(cls, recipe: str, arguments: Mapping, out=None, overwrite: bool = False, *, defaults=None, command: str | None = None) -> 'RunFolder':
+        """Make `out`, or `runs/<recipe>-<date-time>`, and write recipe.yaml and provenance.json into it.
+
+        `arguments`: those of the recipe, its `techniques` nested or not; `out` and `overwrite` stay out of recipe.yaml. `defaults`: the
+        recipe's function, whose defaults are then left out of `.command`. `command`: what was typed, as one string. An unfinished run of
+        the same recipe and arguments is started again in place. Raises `ValueError`: `out` is a file, or a folder with other things in
+        it; it holds a finished run, or one with other arguments, and not `overwrite`."""
+        arguments = _plain_arguments(arguments)
+        path = Path(out) if out else _fresh(Path('runs'), recipe)
+        _take(path, recipe, arguments, overwrite)
+        try: path.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise BadValue(f'out: {path} cannot be created: {e.strerror.lower()}') from e
+        usual = {k: p.default for k, p in inspect.signature(defaults).parameters.items()} if defaults else {}
+        shown = {k: v for k, v in arguments.items() if k not in usual or v != _plain(usual[k])}
+        run = cls(path, recipe, arguments, _provenance(recipe, arguments), shown)
+        run.note(command=command or run.command)    # provenance first: by it a folder is known as ours
+        run.write_text(RECIPE, yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True))
+        return run
+
+    @property
+    def command(self) -> str:
+        "The shell command that runs it again."
+        return command_line(self.recipe, self.shown)
+
+    def note(self, **facts):
+        "Add facts to provenance.json, such as `fingerprint` of the data."
+        self.provenance |= facts
+        self.write_json(PROVENANCE, self.provenance)
+
+    def finish(self, **facts):
+        "Say that the run came to its end; the last thing that is written."
+        self.note(**facts, finished_at=_now(), finished=True)
+
+    def write_text(self, name: str, text: str):
+        target = self.path/name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tmp = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+        try:
+            tmp.write_text(text, encoding='utf8', newline='')
+            os.replace(tmp, target)
+        finally: tmp.unlink(missing_ok=True)
+
+    def write_json(self, name: str, content): self.write_text(name, json.dumps(_plain(content), indent=2, ensure_ascii=False) + '\n')
+
+    def write_csv(self, name: str, rows: list[Mapping]):
+        "`rows` as dicts; a column for each key of any of them, in the order they come up, empty where a row lacks it."
+        columns = list(dict.fromkeys(k for row in rows for k in row))
+        table = csv.DictWriter(buffer := io.StringIO(), columns, lineterminator='\n')
+        table.writeheader()
+        table.writerows(rows)
+        self.write_text(name, buffer.getvalue())
+
+
+def command_line(recipe: str, arguments: Mapping) -> str:
+    "`fastrecipes pipeline photos/ --arch resnet18 --augment.flip false`: the shell command for these arguments."
+    words = ['fastrecipes', recipe]
+    for k in POSITIONAL:
+        if k in arguments: words.append(str(arguments[k]))
+    for k, v in arguments.items():
+        if v is None or k in POSITIONAL: continue
+        if isinstance(v, Mapping) and v:
+            for name, inner in v.items(): words += [f'--{k}.{name}', _word(inner)]
+        else: words += [f'--{k}', _word(v if v != {} else True)]
+    return shlex.join(words)
+
+
+def _word(v) -> str: return v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
+
+
+def _plain_arguments(arguments: Mapping) -> dict:
+    flat = {k: v for k, v in arguments.items() if k not in ('out', 'overwrite', 'techniques')}
+    return _plain(flat | dict(arguments.get('techniques') or {}))
+
+
+def _plain(v):
+    "What YAML and JSON can hold; an object that only Python can give stays as the name of its type."
+    if isinstance(v, Mapping): return {str(k): _plain(o) for k, o in v.items()}
+    if isinstance(v, (list, tuple)): return [_plain(o) for o in v]
+    if isinstance(v, os.PathLike): return os.fspath(v)
+    if v is None or type(v) in (bool, int, float, str): return v
+    if callable(getattr(v, 'item', None)) and getattr(v, 'ndim', 1) == 0: return v.item()
+    if isinstance(v, str): return str(v)
+    return f'<{type(v).__name__}>'
+
+
+def _fresh(root: Path, recipe: str) -> Path:
+    "A folder for this second that no other run has taken."
+    name = f'{recipe}-{datetime.now():%Y%m%d-%H%M%S}'
+    return next(p for i in range(1, 10**6) if not (p := root/(name if i == 1 else f'{name}-{i}')).exists())
+
+
+def _take(path: Path, recipe: str, arguments: dict, overwrite: bool):
+    "Raise where `path` holds what must stay; clear it where it may go; say so where it is started again."
+    if path.exists() and not path.is_dir(): raise BadValue(f'out: {path} is a file; name a folder')
+    if not path.is_dir() or all(_temporary(p) for p in path.iterdir()): return
+    found = _read(path/PROVENANCE)
+    if 'recipe' not in found: raise BadValue(f'out: {path} holds files that are no run of ours; name a new or an empty folder')
+    if overwrite: return _clear(path)
+    way_out = 'name another --out, or add --overwrite to replace it'
+    there = _read(path/RECIPE) or arguments      # killed between the two: nothing but the recipe's name is known
+    if differs := _differences(found['recipe'], there, recipe, arguments):
+        raise BadValue(f'out: {path} holds a run of another recipe ({differs}); {way_out}')
+    if found.get('finished'): raise BadValue(f'out: {path} holds a finished run of this recipe; {way_out}')
+    print(f'{path} holds an unfinished run of this recipe: starting it again', flush=True)
+
+
+def _differences(recipe_there, there: dict, recipe: str, here: dict) -> str:
+    if recipe_there != recipe: return f'{recipe_there} there, {recipe} here'
+    return ', '.join(f'{k}: {there.get(k)!r} there, {here.get(k)!r} here' for k in dict.fromkeys([*there, *here]) if there.get(k) != here.get(k))
+
+
+def _clear(path: Path):
+    "Remove the files that runs write, and folders of theirs that are empty then; what else lies there stays."
+    for pattern in OURS:
+        for p in path.glob(pattern):
+            if not p.parent.is_symlink(): p.unlink()
+    for p in path.rglob('.*.tmp'):
+        if _temporary(p): p.unlink()
+    for name in {Path(o).parts[0] for o in OURS if '/' in o}:
+        if (d := path/name).is_dir() and not d.is_symlink() and not any(d.iterdir()): d.rmdir()
+
+
+def _temporary(p: Path) -> bool:
+    "A half-written file of a run that was killed: `.name.pid.tmp`."
+    parts = p.name.split('.')
+    return len(parts) > 3 and parts[0] == '' and parts[-1] == 'tmp' and parts[-2].isdigit()
+
+
+def _read(file: Path) -> dict:
+    "A YAML or JSON mapping; empty where there is none."
+    try: content = yaml.safe_load(file.read_text(encoding='utf8'))
+    except (OSError, ValueError, yaml.YAMLError): return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _now() -> str: return datetime.now().astimezone().isoformat(timespec='seconds')
+
+
+def _provenance(recipe: str, arguments: dict) -> dict:
+    def installed(name):
+        try: return version(name)
+        except PackageNotFoundError: return None
+    return dict(recipe=recipe, seed=arguments.get('seed'), fingerprint=None,
+                versions=dict(fastrecipes=__version__, python=platform.python_version(), **{p: installed(p) for p in PACKAGES}),
+                platform=platform.platform(), cpus=os.cpu_count(), started_at=_now(), finished_at=None, finished=False)
+
+
+def load_run(path):
+    """The fitted Learner of the run folder `path`, with the data it was trained on rebuilt from the folder its recipe.yaml names.
+
+    Pixels are normalised by the statistics it was trained with. learner.pkl is a pickle: load runs of your own only. Raises
+    `FileNotFoundError` where the run, its Learner or its data are not there, and `ValueError` where the data's classes are others."""
+    import warnings
+
+    from fastai.learner import load_learner
+    from torch.cuda import is_available
+
+    from fastrecipes.data.folders import image_folder
+
+    path = Path(path)
+    if not path.is_dir(): raise NotThere(f'run: {path} does not exist; give the folder that a run left behind, like runs/pipeline-…')
+    for name in (RECIPE, LEARNER):
+        if not (path/name).is_file(): raise NotThere(f'run: {path} has no {name}; give the folder of a run that came to its end')
+    recipe = _read(path/RECIPE)
+    if not (data := Path(str(recipe.get('path')))).is_dir():
+        why = 'its data were given in Python, not as a folder' if str(data).startswith('<') else f'its data folder {data} is not there (seen from here)'
+        raise NotThere(f'run: {path} cannot be rebuilt: {why}; fastai\'s load_learner gives its Learner without data')
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')          # fastai warns of every pickle
+        learn = load_learner(path/LEARNER, cpu=not is_available())
+    dls = image_folder(**{k: recipe[k] for k in inspect.signature(image_folder).parameters if k in recipe})
+    if list(dls.vocab) != list(learn.dls.vocab):
+        raise BadValue(f'run: the classes of {data} have changed since {path} was trained: {", ".join(map(str, learn.dls.vocab))} then, '
+                       f'{", ".join(map(str, dls.vocab))} now')
+    for i, dl in enumerate(dls.loaders): dl.after_batch = learn.dls.loaders[min(i, len(learn.dls.loaders)-1)].after_batch
+    learn.dls = dls.to(learn.dls.device)
+    return learn
