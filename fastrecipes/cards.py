@@ -4,7 +4,7 @@ import json as jsonlib
 from itertools import groupby
 
 from fastrecipes.errors import BadName, nearest
-from fastrecipes.flags import section_of, shown
+from fastrecipes.flags import flags_of, section_of
 from fastrecipes.technique import STAGES, Technique, discover
 
 __all__ = ['ls', 'card', 'listing', 'record']
@@ -19,16 +19,20 @@ def ls(name: str | None = None, *, json: bool = False) -> None:
     """
     techniques = discover()
     if name is not None and name not in techniques:
-        raise BadName(f'ls: no technique named {name!r}{nearest(name, techniques) or ";"} `fastrecipes ls` lists the {len(techniques)} there are')
-    if json: return print(jsonlib.dumps(record(techniques[name]) if name else [record(t) for t in techniques.values()], indent=2, ensure_ascii=False, default=str))
+        found = nearest(name, techniques) or ';'
+        raise BadName(f'ls: no technique named {name!r}{found} `fastrecipes ls` lists the {len(techniques)} there are')
+    if json:
+        records = record(techniques[name]) if name else [record(t) for t in techniques.values()]
+        return print(jsonlib.dumps(records, indent=2, ensure_ascii=False, default=str))
     print(card(techniques[name]) if name else listing(techniques.values()))
 
 
 def listing(techniques) -> str:
     "One line each, by section, sections in the order of their stages: call, stage, what it does."
-    techniques = sorted(techniques, key=lambda t: (min(STAGES.index(o.stage) for o in techniques if section_of(o) == section_of(t)), section_of(t), t.name))
-    width = 46                                  # a longer call has a line of its own
-    lines = []
+    first = {}
+    for t in techniques: first[section_of(t)] = min(first.get(section_of(t), len(STAGES)), STAGES.index(t.stage))
+    techniques = sorted(techniques, key=lambda t: (first[section_of(t)], section_of(t), t.name))
+    width, lines = 46, []                       # a longer call has a line of its own
     for section, group in groupby(techniques, section_of):
         lines.append(section)
         for t in group:
@@ -43,12 +47,13 @@ def card(t: Technique) -> str:
     signature = ', '.join(str(p) for p in t.parameters.values())
     first = next(iter(t.parameters.values()), None)
     value = first and (first.default if first.default not in (first.empty, None) else f'<{first.name}>')
-    rows = [('section', section_of(t)), ('stage', t.stage), ('source', t.source), ('touches', ', '.join(t.touches)), ('after', ', '.join(t.after)),
-            ('before', ', '.join(t.before)), ('replaces', t.replaces)]
-    rows += [('refuses', f'{other}: {why}') for other, why in t.refuses.items()]
-    spellings = [('method', f'learn.{t.name}({value!r})' if first else f'learn.{t.name}()'), ('keyword', f'{t.name}={value!r}' if first else f'{t.name}=True'),
-                 ('flags', f'--{t.name}' + (f', --{t.name} {shown(value)}, --{t.name}.{first.name} {shown(value)}' if first else ''))]
-    return '\n'.join([f'{t.name}({signature})', '', t.doc, '', *(f'{k:9} {v}' for k, v in rows if v), '', *(f'{k:9} {v}' for k, v in spellings)])
+    rows = [('section', section_of(t)), ('stage', t.stage), ('source', t.source), ('touches', ', '.join(t.touches)),
+            ('after', ', '.join(t.after)), ('before', ', '.join(t.before)), ('replaces', t.replaces)]
+    rows += [('refuses', f'{other}: {why}') for other, why in t.refuses.items()] + [('', '')]
+    rows += [('method', f'learn.{t.name}({value!r})' if first else f'learn.{t.name}()'),
+             ('keyword', f'{t.name}={value!r}' if first else f'{t.name}=True'),
+             ('flags', '  '.join(flags_of(t)) or 'none: text cannot carry what it needs')]
+    return '\n'.join([f'{t.name}({signature})', '', t.doc, '', *(f'{k:9} {v}'.rstrip() for k, v in rows if v or not k)])
 
 
 def record(t: Technique) -> dict:

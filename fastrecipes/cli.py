@@ -80,7 +80,8 @@ def _show(result, out) -> int:
 def overview() -> str:
     "The commands, each with the first line of its docstring, read without importing it: fastai takes seconds."
     width = max(map(len, COMMANDS))
-    return '\n'.join(['usage: fastrecipes COMMAND [--option value …]', '', 'From a folder of images to a small, verified model behind a web server.', '',
+    return '\n'.join(['usage: fastrecipes COMMAND [--option value …]', '',
+                      'From a folder of images to a small, verified model behind a web server.', '',
                       'commands:', *(f'  {name.ljust(width)}  {_summary(target)}' for name, target in COMMANDS.items()), '',
                       '`fastrecipes COMMAND --help` lists its options, `fastrecipes ls` the techniques; --version tells the version.'])
 

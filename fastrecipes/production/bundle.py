@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from fastai.basics import L, Learner
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ProgressCallback
 
 from fastrecipes import __version__
 from fastrecipes.errors import BadValue
@@ -36,14 +37,14 @@ WARM, PAIRS, PATIENCE = 3, 50, 4.       # runs before the timing; pairs timed, a
 @dataclass(frozen=True)
 class Parity:
     "How a bundle compares with its Learner: images compared, those with the same best label, the largest difference of a probability."
-    images: int
+    n: int
     agree: int
-    max_difference: float
+    max_diff: float
 
     @property
-    def holds(self) -> bool: return self.agree == self.images and self.max_difference <= TOLERANCE
+    def holds(self) -> bool: return self.agree == self.n and self.max_diff <= TOLERANCE
 
-    def __str__(self): return f'the Learner\'s label on {self.agree} of {self.images} validation images, probabilities within {self.max_difference:.1g}'
+    def __str__(self): return f'the Learner\'s label on {self.agree} of {self.n} validation images, probabilities within {self.max_diff:.1g}'
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _answers(learn: Learner) -> tuple[np.ndarray, np.ndarray]:
     "The Learner's own probabilities `(n, c)` and targets `(n,)` on its validation set, in 32 bits throughout; it stays as it was."
     activation, cbs, modes = activation_of(learn.loss_func), list(learn.cbs), {m: m.training for m in learn.model.modules()}
     try:
-        with learn.no_bar(), learn.removed_cbs([cb for cb in cbs if isinstance(cb, MixedPrecision)]), _full_precision():
+        with learn.removed_cbs([cb for cb in cbs if isinstance(cb, (MixedPrecision, ProgressCallback))]), _full_precision():
             p, y = learn.get_preds(act=activation)
     finally:
         learn.cbs = L(cbs)                       # `removed_cbs` puts them back at the end
@@ -187,7 +188,7 @@ def _ms(f) -> float:
 def _metrics(p, y) -> dict:
     "How right the bundle is on the validation set, overall and as the mean over the classes that occur."
     right = p.argmax(1) == y
-    return dict(side='valid', images=len(y), accuracy=float(right.mean()),
+    return dict(side='valid', n=len(y), accuracy=float(right.mean()),
                 balanced_accuracy=float(np.mean([right[y == c].mean() for c in np.unique(y)])))
 
 

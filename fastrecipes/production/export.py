@@ -108,9 +108,13 @@ def to_onnx(learn: Learner, path, model: Served | None = None) -> Path:
     path, contract = Path(path), input_contract(learn)
     w, h = contract['size']
     pixels = torch.randint(256, (2, h, w, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with _quiet():
-        program = torch.onnx.export(model or served(learn), (pixels,), dynamo=True, external_data=False, verbose=False,
-                                    dynamic_shapes=({0: torch.export.Dim('n')},), input_names=['pixels'], output_names=['probabilities'])
+    try:
+        with _quiet():
+            program = torch.onnx.export(model or served(learn), (pixels,), dynamo=True, external_data=False, verbose=False,
+                                        dynamic_shapes=({0: torch.export.Dim('n')},), input_names=['pixels'], output_names=['probabilities'])
+    except torch.onnx.OnnxExporterError as e:
+        why = (str(e.__cause__ or e).strip() or type(e).__name__).split('\n')[0]
+        raise BadValue(f'ship: torch cannot write this model as ONNX: {why}') from e
     proto = _without_traces(program.model_proto)
     onnx.helper.set_model_props(proto, dict(labels=json.dumps(labels(learn)), input=json.dumps(contract)))
     onnx.checker.check_model(proto, full_check=True)

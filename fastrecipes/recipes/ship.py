@@ -10,7 +10,7 @@ __all__ = ['ship']
 
 
 def ship(learn, out: str = 'bundle', *, overwrite: bool = False) -> Bundle:
-    """Write a trained classifier as a bundle, for serving without torch, once it has answered as the Learner does on every validation image.
+    """Ship a trained classifier: a bundle that runs without torch, written once it answers as the Learner does on every validation image.
 
     A bundle holds model.onnx (pixels in, probabilities out), bundle.json (labels, input, metrics, checksums, provenance) and
     requirements.txt. Raises `ValueError`, and leaves nothing behind, where one answer differs: another best label, or a probability

@@ -12,7 +12,7 @@ class History(Callback):
     "Copy the Recorder's rows, rates and losses after each fit; `lr_find` is not a fit."
     order = 70                                   # after the Recorder and whoever judges its rows
 
-    def __init__(self): self.fits, self.title, self.lr_find = [], 'training', None
+    def __init__(self): self.fits, self.title, self.found = [], 'training', None
 
     @property
     def name(self): return 'history_cb'

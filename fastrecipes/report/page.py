@@ -13,7 +13,7 @@ from markupsafe import Markup
 from PIL import Image, ImageOps
 
 from fastrecipes.report import plots
-from fastrecipes.report.intervals import Difference, Estimate
+from fastrecipes.report.intervals import Difference
 
 __all__ = ['Report', 'write_page', 'SECTIONS']
 
@@ -57,7 +57,7 @@ class Report:
     schedule: list = field(default_factory=list)    # the learning rate of each training batch of all fits
     confusion: tuple | None = None              # (counts (c, c) with the truth in rows, [class name])
     mistakes: list = field(default_factory=list)    # [dict(image: PIL image or path, truth, predicted, probability)], the worst first
-    bundle: object = None                       # path, size_bytes, parity: dict(n: images, max_diff: of probabilities), latency_ms and
+    bundle: object = None                       # path, size_bytes, parity: dict(n: images, agree: of them, max_diff: of probabilities), latency_ms and
                                                 # eager_latency_ms: one image, without and with torch
     provenance: dict = field(default_factory=dict)  # provenance.json
 
@@ -66,7 +66,8 @@ def write_page(record: Report, path) -> Path:
     "Write `record` as one self-contained HTML file to `path` and return it."
     path = Path(path)
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= dict(arguments=_arguments, link=_link, size=_size, sig=_sig, thumbnail=_thumbnail, verdict=_verdict, options=_options, words=lambda s: str(s).replace('_', ' '))
+    env.filters |= dict(arguments=_arguments, link=_link, size=_size, sig=_sig, thumbnail=_thumbnail, verdict=_verdict, options=_options,
+                        words=lambda s: str(s).replace('_', ' '))
     html = env.get_template('template.html').render(
         r=record, headline=record.headline or _headline(record), tiles=_tiles(record), figures=_figures(record), facts=_facts(record.provenance),
         totals={s: sum(_of(c, s, 0) for c in record.data.get('classes', ())) for s in ('train', 'valid', 'test')},
@@ -115,7 +116,9 @@ def _tiles(record: Report) -> list[tuple[str, str, str]]:
             if e := _of(row, name): tiles.append((name.replace('_', ' '), f'{100*e.value:.1f}\N{NO-BREAK SPACE}%', f'{100*e.lo:.1f}–{100*e.hi:.1f}'))
     if b := record.bundle:
         if n := _of(b, 'size_bytes'): tiles.append(('bundle', _size(n), 'to ship'))
-        if t := _of(b, 'latency_ms'): tiles.append(('one image', f'{_sig(t)} ms', f'{_sig(e)} ms in torch' if (e := _of(b, 'eager_latency_ms')) else 'without torch'))
+        if t := _of(b, 'latency_ms'):
+            eager = _of(b, 'eager_latency_ms')
+            tiles.append(('one image', f'{_sig(t)}\N{NO-BREAK SPACE}ms', f'{_sig(eager)} ms in torch' if eager else 'without torch'))
     return tiles
 
 
@@ -137,8 +140,8 @@ def _figures(record: Report) -> dict[str, tuple[Markup, str]]:
     if s := record.schedule: add('schedule', plots.schedule(s), f'Learning rate by batch: {len(s)} batches, at most {max(s):.1e}')
     if record.confusion:
         matrix, labels = record.confusion
-        right = sum(int(matrix[i][i]) for i in range(len(labels)))
-        add('confusion', plots.confusion(matrix, labels), f'Confusion matrix of {len(labels)} classes; {right} of {sum(int(n) for row in matrix for n in row)} on the diagonal')
+        right, n = sum(int(matrix[i][i]) for i in range(len(labels))), sum(int(k) for row in matrix for k in row)
+        add('confusion', plots.confusion(matrix, labels), f'Confusion matrix of {len(labels)} classes; {right} of {n} on the diagonal')
     return figures
 
 

@@ -54,8 +54,9 @@ def lr_find(lrs, losses, suggestion=None) -> str:
         ax.set_xlim(lrs[0], lrs[-1])
         if suggestion:
             ax.axvline(suggestion, color=SERIES[1], ls='--')
-            ax.annotate(f' {suggestion:.1e} ', (suggestion, 1), xycoords=blended_transform_factory(ax.transData, ax.transAxes), va='top',
-                        ha='left' if math.log(suggestion) < np.log([lrs[0], lrs[-1]]).mean() else 'right', color=SERIES[1])
+            left = math.log(suggestion) > np.log([lrs[0], lrs[-1]]).mean()
+            ax.annotate(f'{suggestion:.1e}', (suggestion, 1), (-5 if left else 5, -2), xycoords=blended_transform_factory(ax.transData, ax.transAxes),
+                        textcoords='offset points', va='top', ha='right' if left else 'left', color=SERIES[1])
     return _svg(draw)
 
 
@@ -161,7 +162,8 @@ def _legend(ax, below: float):
     ax.legend(loc='upper center', bbox_to_anchor=(.5, 0), bbox_transform=ax.transAxes + down, ncols=2, frameon=False, labelcolor=INK, borderaxespad=0)
 
 
-def _words(column: str) -> str: return column.removesuffix('_score').replace('_', ' ').replace('valid loss', 'validation loss').replace('train loss', 'training loss')
+def _words(column: str) -> str:
+    return {'train_loss': 'training loss', 'valid_loss': 'validation loss'}.get(column, column.removesuffix('_score').replace('_', ' '))
 
 
 def _short(name) -> str: return name if len(name := str(name)) <= LABEL else name[:LABEL-1] + '…'
