@@ -26,6 +26,7 @@ COMMANDS = {
 
 def main(argv=None) -> int:
     "Run one command; return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C. Our own bugs keep their traceback."
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # torch's threads spin while they wait: beside other work on the same cores, 30 times slower
     try:
         with warnings.catch_warnings():
             for category in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', category)   # torch and fastai, at import

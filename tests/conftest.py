@@ -2,6 +2,7 @@
 import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '2')
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ['XDG_CACHE_HOME'] = os.path.join(os.environ.get('PYTEST_CACHE_HOME', '/tmp'), f'fastrecipes-tests-{os.getpid()}')
 

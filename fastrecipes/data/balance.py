@@ -1,4 +1,6 @@
 "Balanced sampling: each class comes up equally often in an epoch, whatever its share of the data."
+from typing import Literal
+
 import numpy as np
 from fastai.basics import Learner
 from torch.utils.data import Sampler
@@ -57,7 +59,8 @@ class WeightedSampler(Sampler):
 
 
 @technique('data', section='Balance', source='doi:10.1109/TKDE.2008.239', touches=('sampling',))
-def balance(self: Learner, mode: str = 'upsampling', weights: list | None = None) -> Learner:
+def balance(self: Learner, mode: Literal['upsampling', 'downsampling', 'weighted'] = 'upsampling',
+            weights: list[float] | None = None) -> Learner:
     """Draw the classes of the training set equally often; validation stays as it is.
 
     `mode`: 'upsampling' (every class as often as the largest), 'downsampling' (as the smallest) or 'weighted' (with replacement,

@@ -1,15 +1,17 @@
 "From a folder of images to fastai `DataLoaders` that know what they hold: classes, splits, what was set aside and why."
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
+import torch
 from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, TransformBlock
 from fastai.vision.all import IntToFloatTensor, PILImage
 from fasttransform import Transform
 
 from fastrecipes.data.keyed import KeyedDL
-from fastrecipes.data.pixels import RESIZES, fit_image, read_image
+from fastrecipes.data.pixels import RESIZES, Resize, fit_image, read_image
 from fastrecipes.data.scan import scan, verdicts
 from fastrecipes.data.splits import check_shares, split
 from fastrecipes.errors import BadValue, nearest
@@ -44,13 +46,13 @@ class Holdings:
     fingerprint: str = ''
 
 
-def image_folder(path, *, size: int = 224, bs: int = 64, valid: float = .2, test: float = .1, resize: str = 'crop', seed: int = 42,
+def image_folder(path, *, size: int = 224, bs: int = 64, valid: float = .2, test: float = .1, resize: Resize = 'crop', seed: int = 42,
                  workers: int | None = None, device=None, progress=None) -> DataLoaders:
     """`path/<class>/*` as `DataLoaders` of three loaders (train, valid, test), images `size`×`size` px in [0, 1], not normalised.
 
     `valid`, `test`: shares of each class, 0–1, held out by (`seed`, content); `path/train`, `valid` and `test` are kept where they
     are given, and what is missing is taken from `train`. `resize`: 'crop', 'squish' or 'pad'. `workers`: processes that decode
-    (default: 2, or 0 for small sets). What was found lies in `.holdings`.
+    (default: one a core where there is a GPU, else 0). What was found lies in `.holdings`.
 
     Raises `FileNotFoundError` and `ValueError`: no folder, no images, one class, a class without images, a class only outside
     training, fewer training images than `bs`."""
@@ -66,7 +68,7 @@ def image_folder(path, *, size: int = 224, bs: int = 64, valid: float = .2, test
 
     block = DataBlock((TransformBlock(type_tfms=RGBImage.create, batch_tfms=IntToFloatTensor), CategoryBlock(vocab=sorted(set(labels)))),
                       get_y=_ClassOf([*_given(path).values(), path]), splitter=_Sides(sides), item_tfms=Fit((size, size), resize))
-    workers = (2 if len(files) > 2000 or size > 64 else 0) if workers is None else workers
+    if workers is None: workers = min(16, os.cpu_count()) if torch.cuda.is_available() else 0   # on a CPU they would only slow the model down
     dls = block.dataloaders(files, bs=bs, val_bs=2*bs, num_workers=workers, dl_type=KeyedDL, seed=seed,
                             path=Path('.'), device=device)
     dls.holdings = holdings

@@ -2,15 +2,17 @@
 import io
 import os
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastrecipes.errors import BadValue, nearest
 
-__all__ = ['read_image', 'fit_image', 'RESIZES']
+__all__ = ['read_image', 'fit_image', 'Resize', 'RESIZES']
 
-RESIZES = ('crop', 'squish', 'pad')
+Resize = Literal['crop', 'squish', 'pad']
+RESIZES = get_args(Resize)
 FOREIGN = ('EPS', 'WMF')        # Pillow hands these to another program (Ghostscript, GDI): no place for somebody's upload
 
 

@@ -12,7 +12,7 @@ from fastcore.xdg import xdg_cache_home
 from fastrecipes.data.pixels import read_image
 from fastrecipes.errors import BadValue, NotThere
 
-__all__ = ['Verdict', 'scan', 'verdicts']
+__all__ = ['Verdict', 'check_root', 'scan', 'verdicts']
 
 SMALLEST = 2            # px a side: a 1×1 picture shows nothing
 
@@ -26,13 +26,19 @@ class Verdict:
     reason: str | None = None
 
 
+def check_root(root) -> Path:
+    "`root` as a path. Raises `NotThere` and `BadValue` unless it is a folder."
+    root = Path(root)
+    if not root.exists(): raise NotThere(f'path: {root} does not exist')
+    if not root.is_dir(): raise BadValue(f'path: {root} is a file; give the folder that holds one folder of images per class')
+    return root
+
+
 def scan(root: Path, skip=()) -> tuple[dict[str, list[Path]], list[tuple[Path, str]]]:
     """`{class: files}` for the sub-folders of `root`, sorted, and the files that lie where no class can be read from.
 
     Hidden files and folders, and the folders named in `skip`, do not count. Raises `NotThere` and `BadValue`."""
-    root = Path(root)
-    if not root.exists(): raise NotThere(f'path: {root} does not exist')
-    if not root.is_dir(): raise BadValue(f'path: {root} is a file; give the folder that holds one folder of images per class')
+    root = check_root(root)
     entries = sorted(p for p in root.iterdir() if not p.name.startswith('.') and p.name not in skip)
     stray = [(p, 'not inside a class folder') for p in entries if p.is_file() and _is_image(p)]
     classes = {d.name: [] for d in entries if d.is_dir()}

@@ -130,15 +130,25 @@ def _write_card(folder: Path, card: dict): (folder/CARD).write_text(json.dumps(c
 
 
 def _answers(learn: Learner) -> tuple[np.ndarray, np.ndarray]:
-    "The Learner's own probabilities `(n, c)` and targets `(n,)` on its validation set, in 32 bits throughout; it stays as it was."
-    activation, cbs, modes = activation_of(learn.loss_func), list(learn.cbs), {m: m.training for m in learn.model.modules()}
-    try:
-        with learn.removed_cbs([cb for cb in cbs if isinstance(cb, (MixedPrecision, ProgressCallback))]), _full_precision():
-            p, y = learn.get_preds(act=activation)
+    "The Learner's own probabilities `(n, c)` and targets `(n,)` on its validation set, in 32 bits throughout."
+    aside = [cb for cb in learn.cbs if isinstance(cb, (MixedPrecision, ProgressCallback))]
+    with _as_it_was(learn), learn.removed_cbs(aside), _full_precision():
+        p, y = learn.get_preds(act=activation_of(learn.loss_func))
+    return np.asarray(p.float()), np.asarray(y)
+
+
+@contextmanager
+def _as_it_was(learn: Learner):
+    "Undo what `get_preds` does to a Learner: it empties the Recorder, restarts the count of epochs, and leaves evaluation mode on."
+    cbs, modes = list(learn.cbs), {m: m.training for m in learn.model.modules()}
+    states = [(o, dict(vars(o))) for o in (learn, *cbs)]
+    try: yield
     finally:
+        for o, before in states:
+            vars(o).clear()
+            vars(o).update(before)
         learn.cbs = L(cbs)                       # `removed_cbs` puts them back at the end
         for m, training in modes.items(): m.training = training
-    return np.asarray(p.float()), np.asarray(y)
 
 
 @contextmanager

@@ -1,9 +1,14 @@
 "From a folder of images to a trained classifier."
+from pathlib import Path
+from typing import Literal, get_args
+
 from fastai.basics import Learner
 from fastai.metrics import BalancedAccuracy, accuracy
 
 from fastrecipes.data.keyed import keyed
 from fastrecipes.data.loaders import as_dataloaders
+from fastrecipes.data.pixels import Resize
+from fastrecipes.data.scan import check_root
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.report.evidence import Row, gather, keep_run, score
 from fastrecipes.report.history import history, lines_unless_terminal
@@ -13,14 +18,14 @@ from fastrecipes.training.finders import find_lr
 from fastrecipes.training.reproducibility import seed_everything
 from fastrecipes.training.transfer import backbone, check_arch, classifier
 
-__all__ = ['image_classifier', 'check_recipe', 'USUAL']
+__all__ = ['image_classifier', 'check_recipe', 'Schedule', 'USUAL']
 
-SCHEDULES = ('flat_cos', 'one_cycle')
+Schedule = Literal['flat_cos', 'one_cycle']
 USUAL = dict(augment=True, label_smoothing=.1)      # what the recipe switches on unless told otherwise
 
 
 def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64,
-                     valid: float = .2, test: float = .1, resize: str = 'crop', pretrained: bool = True, schedule: str = 'flat_cos',
+                     valid: float = .2, test: float = .1, resize: Resize = 'crop', pretrained: bool = True, schedule: Schedule = 'flat_cos',
                      seed: int = 42, workers: int | None = None, out: str | None = None, overwrite: bool = False, **techniques) -> Learner:
     """Train a network on a folder of images, `path/<class>/*`, and return the fitted Learner.
 
@@ -47,12 +52,12 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     """
     asked = dict(locals())
     todo = plan({**USUAL, **techniques})
-    check_recipe(arch, epochs, lr, schedule)
-    run = out and RunFolder.open('image-classifier', asked, out, overwrite, defaults=image_classifier)
+    check_recipe(path, arch, epochs, lr, schedule)
     net = backbone(arch, pretrained)
 
     seed_everything(seed)
     dls = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, resize=resize, seed=seed, workers=workers)
+    run = out and RunFolder.open('image-classifier', asked, out, overwrite, defaults=image_classifier)
     learn = lines_unless_terminal(classifier(dls, net, metrics=[accuracy, BalancedAccuracy()]), arch)
     keyed(learn, seed)
     for t, arguments in todo: t.f(learn, **arguments)
@@ -75,10 +80,10 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     return learn
 
 
-def check_recipe(arch, epochs, lr, schedule):
-    "Raise for what can be told wrong before any data are read."
+def check_recipe(path, arch, epochs, lr, schedule):
+    "Raise for what can be told wrong before any data are read and any weights fetched."
+    if isinstance(path, (str, Path)): check_root(path)
     check_arch(arch)
     if epochs < 1: raise BadValue(f'epochs: at least 1, got {epochs}')
-    if isinstance(lr, str) and lr != 'find': raise BadValue(f"lr: a number above 0 or 'find', got {lr!r}")
-    if not isinstance(lr, str) and not lr > 0: raise BadValue(f"lr: a number above 0 or 'find', got {lr}")
-    if schedule not in SCHEDULES: raise BadValue(f'schedule: {" or ".join(SCHEDULES)}, got {schedule!r}{nearest(schedule, SCHEDULES)}')
+    if lr != 'find' and (isinstance(lr, str) or not lr > 0): raise BadValue(f"lr: a number above 0, or 'find', got {lr!r}")
+    if schedule not in get_args(Schedule): raise BadValue(f'schedule: one of {", ".join(get_args(Schedule))}, got {schedule!r}{nearest(schedule, get_args(Schedule))}')

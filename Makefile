@@ -1,0 +1,26 @@
+# `make demo` and `make test` need Python ≥ 3.10 and make, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+# Interpreters of the venv come first, so that what a test starts is what was installed.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Threads that sleep instead of spinning while they wait: the machine may be doing something else too.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+demo: .venv/ready
+	fastrecipes demo
+
+test: .venv/ready
+	ruff check fastrecipes tests nbs
+	pytest
+	nbdev-test
+
+# uv where there is one; else a plain venv whose pip brings uv: what pip it starts from no longer matters.
+.venv/ready: setup.cfg pyproject.toml
+	@if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) .venv && uv pip install --python $(BIN)/python -e '.[dev,serve,weights]'; \
+	else $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet -U pip uv && $(BIN)/uv pip install --python $(BIN)/python -e '.[dev,serve,weights]'; fi
+	@touch $@
+
+clean:
+	rm -rf .venv runs nbs/runs build dist *.egg-info
+
+.PHONY: demo test clean

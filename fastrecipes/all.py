@@ -1,0 +1,29 @@
+"fastai.vision.all and every public name here: `from fastrecipes.all import *`."
+from fastai.vision.all import *
+
+from fastrecipes.data.balance import *
+from fastrecipes.data.folders import *
+from fastrecipes.data.keyed import *
+from fastrecipes.data.loaders import *
+from fastrecipes.data.mixing import *
+from fastrecipes.data.pixels import *
+from fastrecipes.data.samples import *
+from fastrecipes.errors import *
+from fastrecipes.losses.classification import *
+from fastrecipes.objective import *
+from fastrecipes.production.bundle import *
+from fastrecipes.production.export import *
+from fastrecipes.production.predictor import *
+from fastrecipes.randomness import *
+from fastrecipes.recipes.classify import *
+from fastrecipes.recipes.pipeline import *
+from fastrecipes.recipes.ship import *
+from fastrecipes.report.page import *
+from fastrecipes.report.run_folder import *
+from fastrecipes.technique import *
+from fastrecipes.training.finders import *
+from fastrecipes.training.reproducibility import *
+from fastrecipes.training.stopping import *
+from fastrecipes.training.transfer import *
+
+discover()
