@@ -9,7 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastrecipes.errors import BadValue, nearest
 
-__all__ = ['read_image', 'fit_image', 'Resize', 'RESIZES']
+__all__ = ['read_image', 'fit_image', 'RESIZES']
 
 Resize = Literal['crop', 'squish', 'pad']
 RESIZES = get_args(Resize)

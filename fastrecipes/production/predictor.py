@@ -67,7 +67,9 @@ class Predictor:
             if v != self.card[k]: raise BadValue(f'bundle: {k} in {self.path/CARD} is not what {MODEL} was made with; ship it again')
 
 
-def sha256(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
+def sha256(data: bytes) -> str:
+    "The checksum of a file's bytes, in hexadecimal."
+    return hashlib.sha256(data).hexdigest()
 
 
 def _read_card(path: Path) -> dict:

@@ -20,11 +20,11 @@ from fastrecipes.technique import plan
 from fastrecipes.training.reproducibility import seed_everything
 from fastrecipes.training.transfer import PACKAGED, backbone, classifier, packaged_weights
 
-__all__ = ['pipeline', 'demo', 'Pipeline', 'plain_fastai']
+__all__ = ['pipeline', 'demo', 'Shipped', 'plain_fastai']
 
 
 @dataclass
-class Pipeline:
+class Shipped:
     "What `pipeline` made: the run folder, the Learner, the bundle and the table of its report; printed, it is that table."
     path: Path
     learn: Learner = field(repr=False)
@@ -42,7 +42,7 @@ class Pipeline:
 
 def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, valid: float = .2,
              test: float = .1, resize: Resize = 'crop', pretrained: bool = True, schedule: Schedule = 'flat_cos', seed: int = 42,
-             workers: int | None = None, baseline: bool = True, out: str | None = None, overwrite: bool = False, **techniques) -> Pipeline:
+             workers: int | None = None, baseline: bool = True, out: str | None = None, overwrite: bool = False, **techniques) -> Shipped:
     """Train a network on a folder of images, compare it with plain fastai on images neither saw, and ship it as a verified bundle.
 
     Takes what `image_classifier` takes, techniques included, and leaves a run folder: `report.html`, `bundle/`, `learner.pkl`,
@@ -93,7 +93,7 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
 
     keep_run(run, learn, gather(learn, run, scored, f'{arch} on {Path(run.arguments["path"]).name}', table=rows, side=scored.side,
                                 bundle=bundle, difference=plain and differences(scored, plain)))
-    return Pipeline(run.path, learn, bundle, rows, _example(bundle, items[0]))
+    return Shipped(run.path, learn, bundle, rows, _example(bundle, items[0]))
 
 
 def plain_fastai(dls, arch: str, epochs: int, pretrained: bool = True, seed: int = 42) -> Learner:
@@ -104,7 +104,7 @@ def plain_fastai(dls, arch: str, epochs: int, pretrained: bool = True, seed: int
     return learn
 
 
-def demo(path: str | None = None, *, out: str | None = None, seed: int = 42, overwrite: bool = False) -> Pipeline:
+def demo(path: str | None = None, *, out: str | None = None, seed: int = 42, overwrite: bool = False) -> Shipped:
     """Run the whole pipeline in minutes: on scanned digits that come with scikit-learn, made imbalanced, or on your own folder of images.
 
     Args:

@@ -54,6 +54,8 @@ def backbone(arch: str, pretrained: bool = True) -> Backbone:
     packaged = pretrained and packaged_weights(arch)
     model = _fetched(arch, lambda: timm.create_model(arch, pretrained=pretrained and not packaged, num_classes=0))
     if packaged: _load_in_order(model, torch.load(packaged, map_location='cpu', weights_only=True))
+    for m in model.modules() if pretrained else ():    # nets ported from TensorFlow average over 100 batches: more than a fine-tuning has
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is not None: m.momentum = max(m.momentum, .1)
     body = TimmBody(model, pretrained)
     cfg = model.pretrained_cfg
     return Backbone(arch, body, model.num_features, body.needs_pool, timm_split, (cfg['mean'], cfg['std']) if pretrained else None)
