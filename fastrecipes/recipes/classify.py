@@ -72,7 +72,7 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
         fit(1, lr)
         learn.unfreeze()
     past.title = 'all layers'
-    fit(epochs, slice(lr/100, lr/2) if pretrained else lr)
+    fit(epochs, slice(lr/10, lr/2) if pretrained else lr)
 
     if run:
         scored = score(learn)

