@@ -10,6 +10,7 @@ from fastcore.xdg import xdg_cache_home
 from fastrecipes.data.loaders import as_dataloaders
 from fastrecipes.data.pixels import Resize
 from fastrecipes.data.samples import digits
+from fastrecipes.errors import BadValue
 from fastrecipes.production.bundle import Bundle
 from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe, image_classifier
 from fastrecipes.recipes.ship import ship
@@ -73,18 +74,18 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
 
     seed_everything(seed)
     data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, resize=resize, seed=seed, workers=workers)
+    if not hasattr(data, 'holdings'): raise BadValue('path: pipeline ships what reads image files; give a folder, or DataLoaders made by image_folder')
     run = RunFolder.open('pipeline', asked, out, overwrite, defaults=pipeline)
     run.note(fingerprint=data.holdings.fingerprint)
-    rows, plain = [], None
-    if baseline:
-        started = time.monotonic()
-        plain = score(plain_fastai(data, arch, epochs, pretrained, seed))
-        rows.append(Row.of('plain fastai', plain, time.monotonic()-started))
 
     started = time.monotonic()
     learn = image_classifier(data, arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule, seed=seed, **techniques)
     scored = score(learn)
-    rows.append(Row.of('recipe', scored, time.monotonic()-started))
+    rows, plain = [Row.of('recipe', scored, time.monotonic()-started)], None
+    if baseline:
+        started = time.monotonic()
+        plain = score(plain_fastai(data, arch, epochs, pretrained, seed))
+        rows.insert(0, Row.of('plain fastai', plain, time.monotonic()-started))
 
     bundle = ship(learn, run.path/'bundle', overwrite=True)
     items = learn.dls.loaders[held_out(learn.dls)[0]].items

@@ -98,6 +98,11 @@ def test_bad_arguments_of_a_recipe(photos, kwargs, message):
     with pytest.raises((ValueError, TypeError), match=message): image_classifier(photos, **kwargs)
 
 
+def test_what_cannot_be_shipped_is_refused_before_training():
+    data = torch.utils.data.TensorDataset(torch.rand(60, 3, 32, 32), torch.arange(60) % 2)
+    with pytest.raises(ValueError, match='path: pipeline ships what reads image files'): pipeline(data, arch='resnet10t', pretrained=False, bs=8)
+
+
 def test_weights_that_cannot_be_fetched_name_the_way_out(photos, monkeypatch):
     from huggingface_hub import constants
     monkeypatch.setattr(constants, 'ENDPOINT', 'https://unreachable.invalid')
