@@ -2,7 +2,7 @@
 import os
 
 import numpy as np
-from fastai.basics import L, Learner, patch
+from fastai.basics import L, Learner, noop, patch
 from fastai.callback.schedule import ParamScheduler, combined_cos
 
 __all__ = ['REPAIRS']
@@ -19,3 +19,14 @@ if REPAIRS:
         lr = np.array([h['lr'] for h in self.opt.hypers])
         scheds = {'lr': combined_cos(pct_start, lr, lr, lr/div_final)}
         self.fit(n_epoch, cbs=ParamScheduler(scheds)+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
+
+    @patch
+    def _with_events(self: Learner, f, event_type, ex, final=noop):
+        """Run `f` between the events before_ and after_`event_type`; where an exception ends it, give each callback's `abort` a turn.
+
+        fastai 2.8.12 calls nothing then: what a callback lent for a batch or a fit (autocast, a wrapped model) would stay for good."""
+        try: self._orig__with_events(f, event_type, ex, final)
+        except BaseException:
+            for cb in self.cbs.sorted('order'):
+                if abort := getattr(type(cb), 'abort', None): abort(cb, event_type)
+            raise

@@ -1,6 +1,6 @@
 "The one mechanism: a technique is defined once, registered, and is then a method, a keyword, a flag, a card and a test case."
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from graphlib import CycleError, TopologicalSorter
@@ -34,7 +34,7 @@ class Technique:
     after: tuple = ()
     before: tuple = ()
     refuses: Mapping = field(default_factory=dict)
-    example: Mapping | None = None
+    example: Mapping | Callable | None = None
     replaces: str | None = None
 
     @property
@@ -71,11 +71,16 @@ class Applied:
 
 
 class TechniqueCallback(Callback):
-    "A callback reachable as `learn.<name>_cb`: fastai's `add_cb` would otherwise overwrite the method `learn.<name>`."
+    """A callback reachable as `learn.<name>_cb`: fastai's `add_cb` would otherwise overwrite the method `learn.<name>`.
+
+    `abort(level)` is called when an exception ends a 'batch', 'train', 'validate', 'epoch' or 'fit' before its `after_…` could run: what
+    was lent for that long goes back there."""
     undoable = True
 
     @property
     def name(self): return super().name + '_cb'
+
+    def abort(self, level: str): pass
 
 
 def put(learn: Learner, cb: Callback) -> Learner:
@@ -87,9 +92,10 @@ def put(learn: Learner, cb: Callback) -> Learner:
     return learn.add_cb(cb)
 
 
-def say(learn: Learner, name: str, effect: str):
-    "Record in `learn.techniques` what technique `name` changed, or why it had nothing to change."
+def say(learn: Learner, name: str, effect: str, aloud: bool = False):
+    "Record in `learn.techniques` what technique `name` changed, or why it had nothing to change; `aloud`: print it, for it surprises."
     if name in applied(learn): applied(learn)[name].effect = effect
+    if aloud: print(f'{name}: {effect}')
 
 
 def applied(learn: Learner) -> dict[str, Applied]:
@@ -101,7 +107,8 @@ def technique(stage: str, *, section, source: str, touches=(), after=(), before=
     """Register `f(learn, …) -> learn` as a technique, patch it onto `Learner` and return it.
 
     `stage` is one of `STAGES`; `after`/`before` order it within its stage; `refuses` maps another technique to the sentence that says
-    why the two do not go together; `example` gives small arguments where one is required. Raises at import if the name is taken."""
+    why the two do not go together; `example` gives small arguments where one is required, or makes them from a Learner; `replaces` names
+    the version of fastai whose method of this name it replaces. Raises at import if the name is taken."""
     if stage not in STAGES: raise ValueError(f'technique: stage must be one of {STAGES}, got {stage!r}')
 
     def register(f):

@@ -76,6 +76,6 @@ def balance(self: Learner, mode: Literal['upsampling', 'downsampling', 'weighted
     else: sampler = WeightedSampler(labels, np.divide(1., counts, where=counts > 0, out=np.zeros(len(counts))) if weights is None else weights, seed)
     self.dls = resampled(self.dls, sampler, seed)
     seen = counts[counts > 0]
-    if weights is None and seen.min() == seen.max(): say(self, 'balance', f'the classes are balanced already: {seen[0]} samples each')
+    if weights is None and seen.min() == seen.max(): say(self, 'balance', f'the classes are balanced already: {seen[0]} samples each', aloud=True)
     else: say(self, 'balance', f'{len(sampler)} draws an epoch by {mode} ({seen.min()} to {seen.max()} samples a class in the data)')
     return self

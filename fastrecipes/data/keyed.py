@@ -120,6 +120,12 @@ class Keyed(TechniqueCallback):
         "A generator for what `name` draws in this batch."
         return stream(self.seed, name, *self.step)
 
+    def per_sample(self, n: int, *name) -> torch.Tensor:
+        "A number in [0, 1) for each of the `n` samples of this batch, keyed by (seed, epoch, sample, `name`); by batch where samples are not known."
+        dl = self.learn.dls.train
+        if isinstance(dl, KeyedDL) and len(draws := dl.draws(self.learn.iter)) == n: return torch.from_numpy(uniform(draws, dl.seed, dl.epoch, *name)).float()
+        return torch.from_numpy(uniform(range(n), self.seed, *self.step, *name)).float()
+
 
 def keyed(learn: Learner, seed: int | None = None) -> Keyed:
     "The `Keyed` callback of `learn`; the first call adds it and turns a plain training `TfmdDL` into a `KeyedDL`."

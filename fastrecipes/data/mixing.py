@@ -1,4 +1,4 @@
-"Train on blends of two samples: the network is asked for what lies between the classes."
+"Train on mixtures of two samples: the network is asked for what lies between the classes."
 import torch
 from fastai.basics import Learner
 from fastai.callback.training import GradientAccumulation
@@ -6,9 +6,9 @@ from fastai.callback.training import GradientAccumulation
 from fastrecipes.data.keyed import keyed
 from fastrecipes.errors import BadValue
 from fastrecipes.objective import objective
-from fastrecipes.technique import TechniqueCallback, put, say, technique
+from fastrecipes.technique import TechniqueCallback, say, technique
 
-__all__ = ['Mix', 'blend']
+__all__ = ['Mix', 'blend', 'boxes', 'paste']
 
 
 def blend(x: torch.Tensor, partner: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -16,31 +16,77 @@ def blend(x: torch.Tensor, partner: torch.Tensor, share: torch.Tensor) -> torch.
     return torch.lerp(x[partner], x, share.to(x).view(-1, *[1]*(x.ndim-1)))
 
 
+def boxes(lam: torch.Tensor, centre: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """Boxes of area 1−`lam` `(n,)` about `centre` `(n, 2)`, both in [0, 1], shaped as the picture: a mask `(n, h, w)`, True inside.
+
+    What would lie outside the picture is cut off, so a box may be smaller than 1−lam: count it (`1 - mask.float().mean((1, 2))`)."""
+    half = (1-lam).sqrt()[:, None]/2
+    size = torch.tensor([h, w], dtype=lam.dtype, device=lam.device)
+    lo, hi = ((centre-half)*size).round(), ((centre+half)*size).round()
+    rows, cols = (torch.arange(s, dtype=lam.dtype, device=lam.device) for s in (h, w))
+    inside = [(r >= lo[:, i:i+1]) & (r < hi[:, i:i+1]) for i, r in enumerate((rows, cols))]
+    return inside[0][:, :, None] & inside[1][:, None, :]
+
+
+def paste(x: torch.Tensor, partner: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
+    "`x` `(n, …, h, w)` with what `x[partner]` shows inside `box` `(n, h, w)`, a new tensor."
+    return torch.where(box.view(len(box), *[1]*(x.ndim-3), *box.shape[1:]), x[partner], x)
+
+
 class Mix(TechniqueCallback):
-    "Replace `xb` by blends of its samples before each training batch, and tell the Objective who was blended with whom."
+    """Replace `xb` by mixtures of its samples before each training batch, and tell the Objective who was mixed with whom.
+
+    `.alpha` holds those that are on, 'mixup' or 'cutmix'; with both, one of the two is drawn for each batch. Targets that have a
+    value a pixel are pasted with the picture."""
     order, run_valid = GradientAccumulation.order-1, False
 
-    def __init__(self, mixup: float): self.mixup, self.told = mixup, False
+    def __init__(self): self.alpha, self.told = {}, set()
 
-    def before_fit(self): self.told = False
+    def before_fit(self): self.told = set()
 
     def before_batch(self):
-        if not self.learn.training or not all(x.is_floating_point() for x in self.learn.xb): return self._refuse_unless_valid()
-        n = len(self.learn.xb[0])
-        rng = keyed(self.learn).stream('mix')
-        partner = torch.from_numpy(rng.permutation(n)).to(self.learn.xb[0].device)
-        share = torch.from_numpy(rng.beta(self.mixup, self.mixup, n)).float().to(partner.device)
-        self.learn.xb = tuple(blend(x, partner, share) for x in self.learn.xb)
-        objective(self.learn).mix(partner, share)
-        if not self.told: self._tell(partner, share)
+        if not self.learn.training: return
+        rng, xb = keyed(self.learn).stream('mix'), self.learn.xb
+        n, device = len(xb[0]), xb[0].device
+        partner = torch.from_numpy(rng.permutation(n)).to(device)
+        kind = sorted(self.alpha)[int(rng.integers(2)) if len(self.alpha) == 2 else 0]
+        lam = torch.from_numpy(rng.beta(self.alpha[kind], self.alpha[kind], n)).float().to(device)
+        if kind == 'mixup': share = self._blend(partner, lam)
+        else: share = self._paste(partner, lam, torch.from_numpy(rng.random((n, 2))).float().to(device))
+        if kind not in self.told: self._tell(kind, partner, share)
 
-    def _refuse_unless_valid(self):
-        if self.learn.training: raise BadValue('mixup: blends numbers, and an input of this model is not floating point (categories have no in-between)')
+    def _blend(self, partner, lam):
+        if not all(x.is_floating_point() for x in self.learn.xb):
+            raise BadValue('mixup: blends numbers, and an input of this model is not floating point (categories have no in-between)')
+        self.learn.xb = tuple(blend(x, partner, lam) for x in self.learn.xb)
+        objective(self.learn).mix(partner, lam)
+        return lam
 
-    def _tell(self, partner, share):
-        own = torch.arange(len(partner), device=partner.device)
-        say(self.learn, 'mixup', f'{int((partner != own).sum())} of {len(own)} samples of the first batch blended, mean share of the other {1-share.mean():.2f}')
-        self.told = True
+    def _paste(self, partner, lam, centre):
+        xb, yb = self.learn.xb, self.learn.yb
+        h, w = xb[0].shape[-2:] if xb[0].ndim == 4 else (0, 0)
+        if not all(x.ndim == 4 and x.shape[-2:] == (h, w) for x in xb):
+            raise BadValue(f'cutmix: needs images (n, c, height, width), got {", ".join(str(tuple(x.shape)) for x in xb)}; use mixup for other inputs')
+        box = boxes(lam, centre, h, w)
+        share = 1-box.float().mean((1, 2))
+        self.learn.xb = tuple(paste(x, partner, box) for x in xb)
+        if len(yb) and all(y.ndim > 2 and y.shape[-2:] == (h, w) for y in yb): self.learn.yb = tuple(paste(y, partner, box) for y in yb)
+        else: objective(self.learn).mix(partner, share)
+        return share
+
+    def _tell(self, kind, partner, share):
+        other = partner != torch.arange(len(partner), device=partner.device)
+        verb = 'blended' if kind == 'mixup' else 'pasted over'
+        say(self.learn, kind, f'{int((other & (share < 1)).sum())} of {len(share)} samples of its first batch {verb}, mean share of the other {1-share.mean():.2f}')
+        self.told.add(kind)
+
+
+def _mix(learn: Learner) -> Mix:
+    "The `Mix` of `learn`; the first call adds it."
+    keyed(learn)
+    objective(learn)
+    if (cb := next((o for o in learn.cbs if type(o) is Mix), None)) is None: learn.add_cb(cb := Mix())
+    return cb
 
 
 @technique('train', section='Data augmentation', source='arXiv:1710.09412', touches=('inputs', 'targets'))
@@ -49,8 +95,20 @@ def mixup(self: Learner, alpha: float = .4) -> Learner:
 
     `alpha` > 0 shapes the shares, drawn from Beta(alpha, alpha) for each sample: 0.1–0.4 blends lightly (the card's values are .2
     and .4), 1 evenly. It regularises long runs; in a few epochs it mostly costs accuracy. Any loss: cross entropies are taken
-    against the blended targets, class weights normalised. Raises `ValueError` unless alpha > 0."""
+    against the blended targets, class weights normalised. With `cutmix`, one of the two is drawn for each batch.
+    Raises `ValueError` unless alpha > 0."""
     if not alpha > 0: raise BadValue(f'mixup: alpha must be > 0, got {alpha}')
-    keyed(self)
-    objective(self)
-    return put(self, Mix(alpha))
+    _mix(self).alpha['mixup'] = alpha
+    return self
+
+
+@technique('train', section='Data augmentation', source='arXiv:1905.04899', touches=('inputs', 'targets'))
+def cutmix(self: Learner, alpha: float = 1.) -> Learner:
+    """Train on images with a rectangle of another image pasted in, and on targets in proportion to what is visible.
+
+    `alpha` > 0: the pasted share of a sample is drawn from Beta(alpha, alpha), 1 is uniform (the paper's); position uniform, cut off
+    at the border, a rectangle a sample. Masks and other targets with a value a pixel are pasted along. With `mixup`, one of the two
+    is drawn for each batch. Raises `ValueError` unless alpha > 0, and where the inputs are not images."""
+    if not alpha > 0: raise BadValue(f'cutmix: alpha must be > 0, got {alpha}')
+    _mix(self).alpha['cutmix'] = alpha
+    return self

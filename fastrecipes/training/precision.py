@@ -1,0 +1,103 @@
+"In how many bits a network computes: the forward pass in 16, weights and optimizer in 32, on whatever device the data are."
+import warnings
+
+import torch
+from fastai.basics import L, Learner
+from fastai.callback.fp16 import MixedPrecision
+
+from fastrecipes.errors import BadValue
+from fastrecipes.technique import TechniqueCallback, applied, put, say, technique
+
+__all__ = ['Autocast', 'low_precision']
+
+REFUSED = {'to_fp16': 'each sets the precision of the forward pass; call to_fp32() before another one'}
+
+
+class Autocast(TechniqueCallback, MixedPrecision):
+    """Run each forward pass under `torch.autocast` on the device of the data; scale the loss where float16 needs it.
+
+    fastai 2.8.12 asks for a GPU whatever the device, and leaves autocast on when a forward pass dies."""
+    def __init__(self, wanted: torch.dtype, **scaling):
+        self.wanted, self.scaling, self.inside = wanted, scaling, False
+
+    def before_fit(self):
+        device = self.learn.dls.device.type
+        dtype = low_precision(device, self.wanted)
+        self.autocast, self.inside, self.scales = torch.autocast(device, dtype), False, L()
+        self.learn.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16, **self.scaling)
+
+    def before_batch(self):
+        self.autocast.__enter__()
+        self.inside = True
+
+    def after_pred(self):
+        self._leave()
+        super().after_pred()
+
+    def after_loss(self): pass                      # the loss is computed in 32 bits
+
+    def after_cancel_batch(self): self._leave()
+    def abort(self, level): self._leave()
+
+    def _leave(self):
+        if self.inside: self.autocast.__exit__(None, None, None)
+        self.inside = False
+
+
+def low_precision(device: str, wanted: torch.dtype) -> torch.dtype:
+    "The 16-bit type that a forward pass on `device` can use for `wanted`: a CPU has bfloat16 only. Raises where a GPU lacks bfloat16."
+    if device == 'cpu': return torch.bfloat16
+    if device == 'cuda' and wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported():
+        raise BadValue('to_bf16: this GPU has no bfloat16; use to_fp16()')
+    return wanted
+
+
+def _emulated() -> bool:
+    "Whether this CPU computes bfloat16 in software: oneDNN takes it everywhere, in hardware only with AVX512-BF16 or AMX."
+    has = [getattr(torch.cpu, f'_is_{kind}_supported', lambda: False)() for kind in ('avx512_bf16', 'amx_tile')]
+    return not any(has) and torch.backends.cpu.get_cpu_capability().startswith(('AVX', 'DEFAULT', 'NO AVX'))
+
+
+def _lower(learn: Learner, name: str, wanted: torch.dtype, **scaling) -> Learner:
+    device = learn.dls.device.type
+    got = low_precision(device, wanted)
+    put(learn, Autocast(wanted, **scaling))
+    bits = str(got).removeprefix('torch.')
+    if got is wanted: say(learn, name, f'forward passes in {bits} on {device}')
+    else: say(learn, name, f'forward passes in {bits}: a CPU has no fast {str(wanted).removeprefix("torch.")}', aloud=True)
+    if device == 'cpu' and _emulated(): warnings.warn(f'{name}: this CPU emulates bfloat16, so expect it to be slower than 32 bits')
+    return learn
+
+
+@technique('train', section='Training', source='arXiv:1710.03740', touches=('precision', 'gradient', 'inference'), replaces='fastai 2.8.12',
+           refuses={'to_bf16': REFUSED['to_fp16']})
+def to_fp16(self: Learner, init_scale: float = 2.**16, growth_factor: float = 2., backoff_factor: float = .5, growth_interval: int = 2000) -> Learner:
+    """Compute the forward pass in float16, with a scaled loss: about half the memory, and faster on a GPU with tensor cores.
+
+    Weights, optimizer and loss stay in float32. `init_scale` > 0 is what the loss is multiplied by at first; it shrinks by
+    `backoff_factor` (0–1) when a gradient overflows and that step is skipped, and grows by `growth_factor` > 1 after
+    `growth_interval` good steps. On a CPU it means bfloat16, which needs no scale, and says so. Validation and `get_preds` run in the
+    same precision; a bundle is made in float32. Raises `ValueError` for a value outside its range."""
+    for name, value, fine, domain in (('init_scale', init_scale, init_scale > 0, '> 0'), ('growth_factor', growth_factor, growth_factor > 1, '> 1'),
+                                      ('backoff_factor', backoff_factor, 0 < backoff_factor < 1, 'between 0 and 1'), ('growth_interval', growth_interval, growth_interval >= 1, '≥ 1')):
+        if not fine: raise BadValue(f'to_fp16: {name} must be {domain}, got {value}')
+    return _lower(self, 'to_fp16', torch.float16, init_scale=init_scale, growth_factor=growth_factor, backoff_factor=backoff_factor, growth_interval=growth_interval)
+
+
+@technique('train', section='Training', source='arXiv:1905.12322', touches=('precision', 'inference'), replaces='fastai 2.8.12')
+def to_bf16(self: Learner) -> Learner:
+    """Compute the forward pass in bfloat16: the range of float32 with 8 bits of mantissa, so no loss scale is needed.
+
+    About half the memory, and faster where the hardware has it (GPUs since Ampere, CPUs with AVX512-BF16 or AMX); a CPU without
+    emulates it, with a warning. Raises `ValueError` on a GPU that lacks it."""
+    return _lower(self, 'to_bf16', torch.bfloat16)
+
+
+@technique('train', section='Training', source='https://docs.fast.ai/callback.fp16.html', touches=('precision', 'inference'),
+           after=('to_fp16', 'to_bf16'), replaces='fastai 2.8.12')
+def to_fp32(self: Learner) -> Learner:
+    "Compute in float32 throughout: undoes `to_fp16` and `to_bf16`."
+    self.remove_cb(MixedPrecision)
+    undone = [n for n in ('to_fp16', 'to_bf16') if applied(self).pop(n, None)]
+    say(self, 'to_fp32', f'undid {undone[0]}' if undone else 'it was in 32 bits already')
+    return self
