@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from fastrecipes.data.folders import Fit
 from fastrecipes.errors import BadValue
 from fastrecipes.objective import cross_entropy_of
+from fastrecipes.technique import Applied
 
-__all__ = ['export_learner', 'Served', 'served', 'activation_of', 'input_contract', 'labels', 'to_onnx']
+__all__ = ['export_learner', 'Served', 'served', 'activation_of', 'input_contract', 'labels', 'graph_of', 'to_onnx']
 
 
 def export_learner(learn: Learner, path) -> Path:
@@ -50,9 +51,16 @@ def _bare(learn: Learner) -> Learner:
         if isinstance(value, Callback): delattr(bare, name)
     bare._end_cleanup()
     bare.dls, bare.opt, bare.logger, bare.cbs, bare.loss_grad = learn.dls.new_empty(), None, print, L(), None
+    bare.techniques = {n: Applied({k: v if _plain(v) else f'<{type(v).__name__}>' for k, v in a.arguments.items()}, a.effect) for n, a in vars(learn).get('techniques', {}).items()}
     for cb in learn.cbs:
         if type(cb) in defaults.callbacks: bare.add_cb(copy(cb) if isinstance(cb, Recorder) else type(cb)())     # a fit that died leaves bars
     return bare
+
+
+def _plain(v) -> bool:
+    "Whether an argument of a technique can be pickled for years: no teacher, no modules."
+    if isinstance(v, (list, tuple)): return all(map(_plain, v))
+    return v is None or isinstance(v, (bool, int, float, str))
 
 
 class Served(nn.Module):
@@ -100,12 +108,12 @@ def labels(learn: Learner) -> list[str]:
     return [str(v) for v in learn.dls.vocab]
 
 
-def to_onnx(learn: Learner, path, model: Served | None = None) -> Path:
-    """Write `learn` to `path` as one ONNX file: uint8 pixels `(n, h, w, 3)` in, any n; probabilities `(n, c)` out; checked in full.
+def graph_of(learn: Learner, model: Served | None = None) -> bytes:
+    """`learn` as an ONNX graph: uint8 pixels `(n, h, w, 3)` in, any n; probabilities `(n, c)` out; checked in full.
 
-    Height and width are those of the Learner's data. Its labels and the reading of images are in the file's metadata. `model`:
-    what `served(learn)` gave, if it is at hand."""
-    path, contract = Path(path), input_contract(learn)
+    Height and width are those of the Learner's data. Its labels and the reading of images are in the graph's metadata. `model`:
+    what `served(learn)` gave, if it is at hand. Raises `ValueError` where torch cannot write the model."""
+    contract = input_contract(learn)
     w, h = contract['size']
     pixels = torch.randint(256, (2, h, w, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     try:
@@ -118,9 +126,15 @@ def to_onnx(learn: Learner, path, model: Served | None = None) -> Path:
     proto = _without_traces(program.model_proto)
     onnx.helper.set_model_props(proto, dict(labels=json.dumps(labels(learn)), input=json.dumps(contract)))
     onnx.checker.check_model(proto, full_check=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    return proto.SerializeToString()
+
+
+def to_onnx(learn: Learner, path) -> Path:
+    "Write `learn` to `path` as one ONNX file, the graph that `graph_of` makes, at once or not at all."
+    path = Path(path)
+    graph, tmp = graph_of(learn), path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        tmp.write_bytes(proto.SerializeToString())
+        tmp.write_bytes(graph)
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path

@@ -1,0 +1,130 @@
+"A teacher: what it adds to the loss, what it costs, and what it must not touch."
+import pytest
+import torch
+from fastai.basics import Callback, nn
+from fastai.vision.all import Normalize
+from torch.nn import functional as F
+
+from fastrecipes.production.distillation import Renormalize, soft_divergence
+from fastrecipes.production.export import export_learner
+
+
+class Counting(nn.Linear):
+    "Counts its calls, and those with gradients on."
+    calls = graded = 0
+    def forward(self, x):
+        type(self).calls += 1
+        type(self).graded += torch.is_grad_enabled()
+        assert not self.training
+        return super().forward(x)
+
+
+def test_the_divergence_against_a_loop_and_against_torch():
+    g = torch.Generator().manual_seed(0)
+    s, t, T = torch.randn(5, 3, generator=g), torch.randn(5, 3, generator=g), 4.
+    by_hand = 0.
+    for i in range(5):
+        p, q = (t[i]/T).softmax(0), (s[i]/T).softmax(0)
+        by_hand += T*T*sum(float(p[k]*(p[k]/q[k]).log()) for k in range(3))/5
+    assert float(soft_divergence(s, t, T)) == pytest.approx(by_hand, rel=1e-5)
+    assert float(soft_divergence(s, t, T)) == pytest.approx(float(T*T*F.kl_div((s/T).log_softmax(1), (t/T).softmax(1), reduction='batchmean')), rel=1e-5)
+    assert float(soft_divergence(s, s + 7)) == pytest.approx(0, abs=1e-6)
+
+
+def test_pixels_count_as_samples_along_another_axis():
+    g = torch.Generator().manual_seed(0)
+    s, t = torch.randn(2, 3, 4, 5, generator=g), torch.randn(2, 3, 4, 5, generator=g)
+    flat = [x.movedim(1, -1).reshape(-1, 3) for x in (s, t)]
+    assert float(soft_divergence(s, t, 2., axis=1)) == pytest.approx(float(soft_divergence(*flat, 2.)), rel=1e-5)
+
+
+def test_F7_valid_loss_is_the_datas_own(toy):
+    learn = toy().distill(toy(seed=1), alpha=.9)
+    learn.fit(2)
+    x, y = learn.dls.valid_ds.dataset.tensors
+    assert learn.recorder.values[-1][1] == pytest.approx(F.cross_entropy(learn.model(x), y).item(), rel=1e-5)
+
+
+def test_F8_the_teacher_has_no_gradients_and_works_in_training_only(toy):
+    teacher = Counting(4, 3)
+    learn = toy().distill(teacher)
+    Counting.calls = Counting.graded = 0
+    learn.fit(2)
+    learn.validate()
+    assert (Counting.calls, Counting.graded) == (2*4, 0)         # 4 batches an epoch, none of validation
+    assert all(p.grad is None and not p.requires_grad for p in learn.distill_cb.teacher.parameters())
+
+
+def test_the_teachers_learner_is_as_it_was(toy):
+    teacher = toy(model=nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    teacher.model.train()
+    before = {k: v.clone() for k, v in teacher.model.state_dict().items()}
+    toy().distill(teacher).fit(2)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.model.state_dict().items())
+    assert teacher.model.training and all(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_a_student_learns_from_the_answers_alone(toy):
+    "With alpha=1 the labels count for nothing: shuffled ones lead to the teacher all the same."
+    teacher = toy()
+    teacher.fit(20, .1)
+    learn = toy(seed=1, n=64).distill(teacher, alpha=1., T=1.)
+    learn.dls.train_ds.dataset.tensors = (teacher.dls.train_ds.dataset.tensors[0], learn.dls.train_ds.dataset.tensors[1])
+    learn.fit(40, .1)
+    x = teacher.dls.train_ds.dataset.tensors[0]
+    assert (learn.model(x).argmax(1) == teacher.model(x).argmax(1)).float().mean() > .95
+
+
+def test_each_network_sees_pixels_normalised_as_it_was_trained(digit_folder):
+    from fastai.basics import Learner
+    from fastrecipes.data.folders import image_folder
+    def learner(mean, std):
+        dls = image_folder(digit_folder, size=8, bs=32, device=torch.device('cpu'))
+        dls.add_tfms([Normalize.from_stats([mean]*3, [std]*3, cuda=False)], 'after_batch')
+        learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
+        learn.remove_cb(learn.progress)
+        learn.logger = lambda row: None
+        return learn
+    teacher, student = learner(.5, .5), learner(.2, .3)
+    student.distill(teacher)
+    kept = {}
+    class Keep(Callback):
+        order = 4.7
+        def after_pred(self):
+            if self.learn.training and not kept: kept.update(x=self.learn.xb[0], answer=self.learn.distill_cb.answer)
+    student.fit(1, cbs=Keep())
+    pixels = kept['x']*.3 + .2
+    assert torch.allclose(kept['answer'], teacher.model((pixels-.5)/.5), atol=1e-4)
+
+
+def test_renormalising_is_undoing_and_doing():
+    one, two = ((torch.full((1, 3, 1, 1), m), torch.full((1, 3, 1, 1), s)) for m, s in ((.2, .3), (.5, .25)))
+    x = torch.rand(2, 3, 4, 4)
+    assert torch.allclose(Renormalize(one, two)((x-.2)/.3), (x-.5)/.25, atol=1e-5)
+
+
+def test_a_teacher_by_its_path(toy, tmp_path):
+    teacher = toy(seed=1)
+    export_learner(teacher, tmp_path/'learner.pkl')
+    learn = toy().distill(str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(learn.distill_cb.teacher.parameters(), teacher.model.parameters()))
+    with pytest.raises(FileNotFoundError, match='distill: no exported Learner .*nowhere'): toy().distill('nowhere')
+
+
+def test_the_teacher_is_not_exported_with_the_student(toy, tmp_path):
+    from fastai.learner import load_learner
+    path = export_learner(toy().distill(toy(model=nn.Sequential(nn.Linear(4, 50_000), nn.Linear(50_000, 3)))), tmp_path/'learner.pkl')
+    assert path.stat().st_size < 100_000 and load_learner(path).techniques['distill'].arguments['teacher'] == '<Learner>'
+
+
+@pytest.mark.parametrize('kwargs, message', [(dict(T=0), 'T must be > 0, got 0'), (dict(alpha=1.1), r'alpha must be in \[0, 1\], got 1.1')])
+def test_values_outside_their_ranges_are_refused(toy, kwargs, message):
+    with pytest.raises(ValueError, match=f'distill: {message}'): toy().distill(nn.Linear(4, 3), **kwargs)
+
+
+def test_what_cannot_teach_is_refused(toy):
+    with pytest.raises(ValueError, match='distill: the teacher answers .16, 5. where the student answers .16, 3.'): toy().distill(nn.Linear(4, 5)).fit(1)
+    with pytest.raises(ValueError, match=r"distill: the teacher knows the classes \['0', '1'\]"): toy().distill(toy(c=2))
+    with pytest.raises(ValueError, match='distill: teacher must be a Learner'): toy().distill(3)
+    with pytest.raises(ValueError, match='distill: the loss must be a cross entropy'): toy(loss_func=nn.MSELoss(), labels=torch.randn(64, 3)).distill(nn.Linear(4, 3))
+    with pytest.raises(TypeError, match='distill: needs teacher'): toy().use(distill=True)
