@@ -18,6 +18,7 @@ COMMANDS = {
     'demo': 'fastrecipes.recipes.pipeline:demo',
     'pipeline': 'fastrecipes.recipes.pipeline:pipeline',
     'image-classifier': 'fastrecipes.recipes.classify:image_classifier',
+    'compress': 'fastrecipes.recipes.compress:compress',
     'ship': 'fastrecipes.recipes.ship:ship',
     'predict': 'fastrecipes.cli:predict',
     'ls': 'fastrecipes.cards:ls',

@@ -89,7 +89,7 @@ class CommandLine:
         self.positional = [p.name for i, p in enumerate(self.named.values())
                            if p.kind is not p.KEYWORD_ONLY and (i == 0 or p.default is p.empty)]
         self.types = {name: _type(p) or str for name, p in self.named.items()}
-        self.techniques = _techniques() if any(p.kind is p.VAR_KEYWORD for p in parameters) else {}
+        self.techniques = {n: t for n, t in _techniques().items() if n not in self.named} if any(p.kind is p.VAR_KEYWORD for p in parameters) else {}
         self.bare = {name for name, p in self.named.items() if p.default is False} | self.techniques.keys()
 
         words = [f'{name.upper()}…' if get_origin(self.types[name]) is list else name.upper() for name in self.positional]

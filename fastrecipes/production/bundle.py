@@ -4,9 +4,7 @@ import os
 import platform
 import shlex
 import shutil
-import statistics
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -20,9 +18,11 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 
 from fastrecipes import __version__
+from fastrecipes.data.loaders import labels_of
 from fastrecipes.errors import BadValue
-from fastrecipes.production.export import activation_of, input_contract, labels, served, to_onnx
-from fastrecipes.production.predictor import CARD, MODEL, SCHEMA, Predictor, sha256
+from fastrecipes.production.export import activation_of, graph_of, input_contract, labels, served
+from fastrecipes.production.predictor import CARD, MODEL, SCHEMA, Graph, Predictor, batched, pixels_of, sha256
+from fastrecipes.production.timing import interleaved
 from fastrecipes.randomness import default_seed
 from fastrecipes.technique import applied
 
@@ -31,20 +31,24 @@ __all__ = ['Bundle', 'Parity', 'write_bundle', 'TOLERANCE']
 TOLERANCE = 1e-4                        # of a probability, between the Learner and its bundle
 SERVING = ('onnxruntime', 'numpy', 'Pillow')
 PROVENANCE = ('torch', 'fastai', 'timm', 'onnx', *SERVING)
-WARM, PAIRS, PATIENCE = 3, 50, 4.       # runs before the timing; pairs timed, at most, and for at most so many seconds
 
 
 @dataclass(frozen=True)
 class Parity:
-    "How a bundle compares with its Learner: images compared, those with the same best label, the largest difference of a probability."
+    """How a bundle compares with what it was made from: images compared, those with the same best label, the largest difference of a
+    probability; `versus`: 'the Learner', or 'the accepted graph' of a `Compressed`."""
     n: int
     agree: int
     max_diff: float
+    versus: str = 'the Learner'
 
     @property
-    def holds(self) -> bool: return self.agree == self.n and self.max_diff <= TOLERANCE
+    def holds(self) -> bool: return self.agree == self.n and self.max_diff <= self.allowed
 
-    def __str__(self): return f'the Learner\'s label on {self.agree} of {self.n} validation images, probabilities within {self.max_diff:.1g}'
+    @property
+    def allowed(self) -> float: return TOLERANCE if self.versus == 'the Learner' else 0.
+
+    def __str__(self): return f'{self.versus}\'s label on {self.agree} of {self.n} validation images, probabilities within {self.max_diff:.1g}'
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,13 @@ class Bundle:
                 f'(eager torch {self.eager_latency_ms:.2f} ms); {self.parity}')
 
 
-def write_bundle(learn: Learner, path, *, overwrite: bool = False) -> Bundle:
+def write_bundle(learn: Learner, path, *, overwrite: bool = False, accepted: bytes | None = None, compression: list | None = None) -> Bundle:
     """Write `learn` as a bundle to the folder `path`: model.onnx, bundle.json, requirements.txt.
 
     It takes its name only when it has answered, from the image files of the whole validation set, as the Learner does: the same best
-    label on every image, probabilities within 1e-4. Raises `ValueError`, and leaves nothing behind, where it does not; where `path`
-    is there already and not `overwrite`, or is no bundle; and where the data are not those of `image_folder`."""
+    label on every image, probabilities within 1e-4. `accepted`: a graph made from `learn` to write instead; then it must answer exactly
+    as that graph does. `compression`: what the card tells of how it came to be. Raises `ValueError`, and leaves nothing behind, where an
+    answer differs; where `path` is there already and not `overwrite`, or is no bundle; and where the data are not those of `image_folder`."""
     path = Path(path)
     _check_target(path, overwrite)
     contract, items = input_contract(learn), list(learn.dls.valid.items)
@@ -78,20 +83,21 @@ def write_bundle(learn: Learner, path, *, overwrite: bool = False) -> Bundle:
 
     tmp = _beside(path)
     try:
-        expected, targets = _answers(learn)
-        model = served(learn)
-        to_onnx(learn, tmp/MODEL, model)
+        model, targets = served(learn), labels_of(learn.dls.valid)
+        expected = _answers(learn) if accepted is None else answers(Graph(accepted), items, contract)
+        (tmp/MODEL).write_bytes(graph_of(learn, model) if accepted is None else accepted)
         (tmp/'requirements.txt').write_text(''.join(f'{p}>={version(p)}\n' for p in SERVING), encoding='utf8')
         card = dict(schema=SCHEMA, labels=labels(learn), input=contract, files={f.name: sha256(f.read_bytes()) for f in sorted(tmp.iterdir())})
         _write_card(tmp, card)
 
         got = Predictor(tmp).probabilities(items)
-        parity = _compare(got, expected, items)
+        parity = _compare(got, expected, items, 'the Learner' if accepted is None else 'the accepted graph')
         ms, eager_ms, pairs = _latency(Predictor(tmp, threads=1), model)
         size = (tmp/MODEL).stat().st_size
+        more = {'compression': compression} if compression else {}
         _write_card(tmp, card | dict(metrics=_metrics(got, targets), parity=asdict(parity), latency_ms=ms, eager_latency_ms=eager_ms,
                                      timing=dict(batch=1, threads=1, pairs=pairs, machine=platform.machine(), cpus=os.cpu_count()),
-                                     size_bytes=size, provenance=_provenance(learn)))
+                                     size_bytes=size, **more, provenance=_provenance(learn)))
         _put_in_place(tmp, path.resolve())
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return Bundle(path, parity, ms, eager_ms, size)
@@ -129,12 +135,17 @@ def _put_in_place(tmp: Path, path: Path):
 def _write_card(folder: Path, card: dict): (folder/CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + '\n', encoding='utf8')
 
 
-def _answers(learn: Learner) -> tuple[np.ndarray, np.ndarray]:
-    "The Learner's own probabilities `(n, c)` and targets `(n,)` on its validation set, in 32 bits throughout."
+def _answers(learn: Learner) -> np.ndarray:
+    "The Learner's own probabilities `(n, c)` on its validation set, in 32 bits throughout."
     aside = [cb for cb in learn.cbs if isinstance(cb, (MixedPrecision, ProgressCallback))]
     with _as_it_was(learn), learn.removed_cbs(aside), _full_precision():
-        p, y = learn.get_preds(act=activation_of(learn.loss_func))
-    return np.asarray(p.float()), np.asarray(y)
+        p, _ = learn.get_preds(act=activation_of(learn.loss_func))
+    return np.asarray(p.float())
+
+
+def answers(graph: Graph, items, contract: dict) -> np.ndarray:
+    "The probabilities `(n, c)` that `graph` gives for image files, read by `contract`."
+    return np.concatenate([graph(batch) for batch in batched(items, lambda x: pixels_of(x, contract))])
 
 
 @contextmanager
@@ -162,37 +173,23 @@ def _full_precision():
         for b, was in zip(backends, before): b.allow_tf32 = was
 
 
-def _compare(got, expected, items) -> Parity:
-    "The bundle's answers beside the Learner's; raises where they are not the same."
+def _compare(got, expected, items, versus: str) -> Parity:
+    "The bundle's answers beside those of what it was made from; raises where they are not the same."
     off = np.abs(got-expected).max(1)
     differs = got.argmax(1) != expected.argmax(1)
-    parity = Parity(len(items), int((~differs).sum()), float(off.max()))
+    parity = Parity(len(items), int((~differs).sum()), float(off.max()), versus)
     if parity.holds: return parity
     worst = items[int((off + differs).argmax())]
-    raise BadValue(f'ship: the bundle does not answer as the Learner does, so none was written: {parity}, at most {TOLERANCE:g} is allowed '
+    raise BadValue(f'ship: the bundle does not answer as {versus} does, so none was written: {parity}, at most {parity.allowed:g} is allowed '
                    f'(worst: {worst}). Do the validation transforms do more than image_folder\'s, resize, scale and normalise?')
 
 
 def _latency(predictor: Predictor, model) -> tuple[float, float, int]:
-    "Median ms for one image, by the bundle and by eager torch, one thread each, taken in turns; and the number of pairs."
+    "Median ms for one image, by the bundle and by eager torch, one thread each; and the number of pairs."
     w, h = predictor.input['size']
     pixels = np.random.default_rng(0).integers(0, 256, (1, h, w, 3), dtype=np.uint8)
-    tensor, threads, times = torch.from_numpy(pixels), torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            started = time.perf_counter()
-            while len(times) < WARM + 5 or len(times) < WARM + PAIRS and time.perf_counter()-started < PATIENCE:
-                times.append((_ms(lambda: predictor.run(pixels)), _ms(lambda: model(tensor))))
-    finally: torch.set_num_threads(threads)
-    ours, eager = zip(*times[WARM:])
-    return round(statistics.median(ours), 4), round(statistics.median(eager), 4), len(ours)
-
-
-def _ms(f) -> float:
-    start = time.perf_counter()
-    f()
-    return 1000*(time.perf_counter()-start)
+    ms, pairs = interleaved(dict(bundle=lambda: predictor.run(pixels), eager=lambda: model(torch.from_numpy(pixels))))
+    return ms['bundle'], ms['eager'], pairs
 
 
 def _metrics(p, y) -> dict:

@@ -10,11 +10,25 @@ from PIL import Image
 from fastrecipes.data.pixels import fit_image, read_image
 from fastrecipes.errors import BadValue, NotThere
 
-__all__ = ['Predictor', 'SCHEMA', 'CARD', 'MODEL', 'sha256']
+__all__ = ['Predictor', 'Graph', 'SCHEMA', 'CARD', 'MODEL', 'sha256']
 
 SCHEMA = 1                              # of bundle.json: a reader refuses what is newer than itself
 CARD, MODEL = 'bundle.json', 'model.onnx'
 BATCH = 32
+
+
+class Graph:
+    "An ONNX graph as a function on the CPU: what it takes, as one array, gives what it answers. `threads`: default a physical core each."
+    def __init__(self, model: bytes, threads: int | None = None):
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads or 0, 3
+        self.session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+        self.input = self.session.get_inputs()[0].name
+
+    def __call__(self, x: np.ndarray) -> np.ndarray: return self.session.run(None, {self.input: x})[0]
+
+    @property
+    def metadata(self) -> dict[str, str]: return self.session.get_modelmeta().custom_metadata_map
 
 
 class Predictor:
@@ -29,9 +43,7 @@ class Predictor:
         files = {name: _verified(self.path/name, digest) for name, digest in self.card['files'].items()}
         if MODEL not in files: raise BadValue(f'bundle: {self.path/CARD} names no {MODEL}; ship it again')
         self.labels, self.input = self.card['labels'], self.card['input']
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads or 0, 3
-        self.session = ort.InferenceSession(files[MODEL], options, providers=['CPUExecutionProvider'])
+        self.run = Graph(files[MODEL], threads)     # uint8 pixels (n, h, w, 3) as `.pixels` makes them → probabilities (n, c)
         self._check_graph()
 
     def __repr__(self): return f'Predictor({str(self.path)!r}): {len(self.labels)} labels, images of {"×".join(map(str, self.input["size"]))} px'
@@ -45,26 +57,32 @@ class Predictor:
 
     def probabilities(self, images) -> np.ndarray:
         "The probabilities `(n, c)` of the labels for `n` images, read and run 32 at a time."
-        parts = [self.run(np.stack([self.pixels(x) for x in images[i:i+BATCH]])) for i in range(0, len(images), BATCH)]
+        parts = [self.run(batch) for batch in batched(images, self.pixels)]
         return np.concatenate([np.empty((0, len(self.labels)), np.float32), *parts])
 
     def pixels(self, x) -> np.ndarray:
         "What the graph takes for one image: uint8 `(h, w, 3)` of the bundle's size."
-        im = Image.fromarray(_checked(x)) if isinstance(x, np.ndarray) else read_image(x)
-        return np.asarray(fit_image(im, tuple(self.input['size']), self.input['resize']))
-
-    def run(self, pixels: np.ndarray) -> np.ndarray:
-        "The probabilities `(n, c)` for pixels `(n, h, w, 3)` as `.pixels` makes them."
-        return self.session.run(None, {self.session.get_inputs()[0].name: pixels})[0]
+        return pixels_of(x, self.input)
 
     def _ranked(self, p, k) -> dict[str, float]:
         return {self.labels[i]: float(p[i]) for i in np.argsort(-p, kind='stable')[:k]}
 
     def _check_graph(self):
         "The card may have been edited where no checksum sees it: the graph carries its own labels and input."
-        own = {k: json.loads(v) for k, v in self.session.get_modelmeta().custom_metadata_map.items() if k in ('labels', 'input')}
+        own = {k: json.loads(v) for k, v in self.run.metadata.items() if k in ('labels', 'input')}
         for k, v in own.items():
             if v != self.card[k]: raise BadValue(f'bundle: {k} in {self.path/CARD} is not what {MODEL} was made with; ship it again')
+
+
+def pixels_of(x, contract: dict) -> np.ndarray:
+    "One image (path, bytes, Pillow image, uint8 array) as a bundle's graph takes it by its `contract` (`input` of bundle.json): uint8 `(h, w, 3)`."
+    im = Image.fromarray(_checked(x)) if isinstance(x, np.ndarray) else read_image(x)
+    return np.asarray(fit_image(im, tuple(contract['size']), contract['resize']))
+
+
+def batched(images, pixels, n: int = BATCH):
+    "`pixels(image)` of all images, stacked `n` at a time."
+    for i in range(0, len(images), n): yield np.stack([pixels(x) for x in images[i:i+n]])
 
 
 def sha256(data: bytes) -> str:

@@ -62,8 +62,17 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     keyed(learn, seed)
     for t, arguments in todo: t.f(learn, **arguments)
 
-    fit = getattr(learn, f'fit_{schedule}')
-    past = history(learn)
+    train(learn, epochs, lr, schedule, pretrained)
+
+    if run:
+        scored = score(learn)
+        keep_run(run, learn, gather(learn, run, scored, f'{arch} on {path}', table=[Row.of(arch, scored)]))
+    return learn
+
+
+def train(learn: Learner, epochs: int, lr: float | str = 'find', schedule: Schedule = 'flat_cos', pretrained: bool = False, title: str = 'all layers'):
+    "Find a rate if asked, then fit: from scratch all at once; `pretrained`, one epoch of the new head first, then earlier layers at lower rates."
+    fit, past = getattr(learn, f'fit_{schedule}'), history(learn)
     if lr == 'find':
         past.found = find_lr(learn)
         lr = past.found.lr
@@ -71,13 +80,8 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
         past.title = 'new head, body frozen'
         fit(1, lr)
         learn.unfreeze()
-    past.title = 'all layers'
+    past.title = title
     fit(epochs, slice(lr/10, lr/2) if pretrained else lr)
-
-    if run:
-        scored = score(learn)
-        keep_run(run, learn, gather(learn, run, scored, f'{arch} on {path}', table=[Row.of(arch, scored)]))
-    return learn
 
 
 def check_recipe(path, arch, epochs, lr, schedule):

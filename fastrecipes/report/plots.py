@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
-__all__ = ['losses', 'metrics', 'lr_find', 'schedule', 'confusion', 'intervals', 'MOST_COUNTS']
+__all__ = ['losses', 'metrics', 'lr_find', 'schedule', 'confusion', 'intervals', 'tradeoff', 'MOST_COUNTS']
 
 # Stand-ins that become CSS variables; the page gives them the colour-blind safe palette of doi:10.1038/nmeth.1618, lighter where it is dark.
 INK, SOFT, LINE, ON = '#010101', '#020202', '#030303', '#040404'
@@ -114,6 +114,28 @@ def intervals(rows) -> str:
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100*v:.4g} %' if v <= 1.0001 else ''))
         _legend(ax, 24)
     return _svg(draw, (5.3, .6+.5*len(rows)))
+
+
+def tradeoff(stages, cost: str) -> str:
+    "Accuracy of each stage, with its interval, against what it costs: 'size_bytes' or 'latency_ms'; a hollow mark was rolled back."
+    unit, label = {'size_bytes': (1e6, 'size of the .onnx, MB'), 'latency_ms': (1, 'one image on one thread, ms')}[cost]
+    field = lambda s, name: s.get(name) if isinstance(s, dict) else getattr(s, name)
+
+    def draw(ax):
+        path = []
+        for i, s in enumerate(stages):
+            e, x = field(s, 'test') or field(s, 'valid'), field(s, cost)/unit
+            colour, kept = SERIES[i % len(SERIES)], field(s, 'kept')
+            if kept: path.append((x, 100*e.value))
+            ax.errorbar([x], [100*e.value], [[100*(e.value-e.lo)], [100*(e.hi-e.value)]], color=colour, fmt='o', ms=8, lw=1.2, zorder=3,
+                        mfc=colour if kept else 'none', label=_short(field(s, 'name')) + ('' if kept else ' (rolled back)'))
+        ax.plot(*zip(*path), color=SOFT, lw=1, ls=':', zorder=2)
+        ax.set(xscale='log', xlabel=label, ylabel='accuracy, %')
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
+        _legend(ax, 36)
+    return _svg(draw)
 
 
 def _curves(fits, wanted, ylabel):

@@ -18,11 +18,11 @@ from fastrecipes.errors import BadValue, NotThere
 
 __all__ = ['RunFolder', 'load_run', 'command_line']
 
-RECIPE, PROVENANCE, LEARNER = 'recipe.yaml', 'provenance.json', 'learner.pkl'
-OURS = (RECIPE, PROVENANCE, LEARNER, 'history.csv', 'report.html', 'checkpoint/*.pt', 'checkpoint/*.pth', 'checkpoint/*.json',     # all that
+RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH = 'recipe.yaml', 'provenance.json', 'learner.pkl', 'compressed.json', 'compressed.onnx'
+OURS = (RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, 'history.csv', 'report.html', 'checkpoint/*.pt', 'checkpoint/*.pth', 'checkpoint/*.json',     # all that
         'bundle/model.onnx', 'bundle/bundle.json', 'bundle/requirements.txt', 'bundle/serve.pyz', 'bundle/Dockerfile')           # overwrite removes
 PACKAGES = ('torch', 'torchvision', 'fastai', 'timm', 'onnxruntime', 'onnx', 'numpy', 'pillow')
-POSITIONAL = ('path', 'run', 'bundle')
+POSITIONAL = ('path', 'learn', 'run', 'bundle')
 
 
 class RunFolder:
@@ -64,14 +64,16 @@ class RunFolder:
         "Say that the run came to its end; the last thing that is written."
         self.note(**facts, finished_at=_now(), finished=True)
 
-    def write_text(self, name: str, text: str):
+    def write_bytes(self, name: str, content: bytes):
         target = self.path/name
         target.parent.mkdir(parents=True, exist_ok=True)
         tmp = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
         try:
-            tmp.write_text(text, encoding='utf8', newline='')
+            tmp.write_bytes(content)
             os.replace(tmp, target)
         finally: tmp.unlink(missing_ok=True)
+
+    def write_text(self, name: str, text: str): self.write_bytes(name, text.encode('utf8'))
 
     def write_json(self, name: str, content): self.write_text(name, json.dumps(_plain(content), indent=2, ensure_ascii=False) + '\n')
 
@@ -189,12 +191,15 @@ def load_run(path):
     from torch.cuda import is_available
 
     from fastrecipes.data.folders import image_folder
+    from fastrecipes.data.keyed import keyed
+    from fastrecipes.technique import TECHNIQUES, applied, discover
 
+    discover()
     path = Path(path)
     if not path.is_dir(): raise NotThere(f'run: {path} does not exist; give the folder that a run left behind, like runs/pipeline-…')
     for name in (RECIPE, LEARNER):
         if not (path/name).is_file(): raise NotThere(f'run: {path} has no {name}; give the folder of a run that came to its end')
-    recipe = _read(path/RECIPE)
+    recipe = _data_of(path)
     if not (data := Path(str(recipe.get('path')))).is_dir():
         why = 'its data were given in Python, not as a folder' if str(data).startswith('<') else f'its data folder {data} is not there (seen from here)'
         raise NotThere(f'run: {path} cannot be rebuilt: {why}; fastai\'s load_learner gives its Learner without data')
@@ -208,4 +213,16 @@ def load_run(path):
                        f'{", ".join(map(str, dls.vocab))} now')
     for i, dl in enumerate(dls.loaders): dl.after_batch = learn.dls.loaders[min(i, len(learn.dls.loaders)-1)].after_batch
     learn.dls = dls.to(learn.dls.device)
+    keyed(learn, recipe.get('seed'))
+    for name, a in list(applied(learn).items()):        # what acts on the loaders must act on the new ones
+        if TECHNIQUES[name].stage == 'data': TECHNIQUES[name].f(learn, **a.arguments)
     return learn
+
+
+def _data_of(path: Path) -> dict:
+    "The arguments by which the data of a run were made: its own, or, for a compressed one, those of the run it started from."
+    recipe = _read(path/RECIPE)
+    if 'path' in recipe or 'learn' not in recipe: return recipe
+    if not (first := Path(str(recipe['learn']))).is_dir():
+        raise NotThere(f'run: {path} cannot be rebuilt: the run it was compressed from, {first}, is not there (seen from here)')
+    return _data_of(first)

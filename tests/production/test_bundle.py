@@ -40,7 +40,7 @@ def test_the_card_says_what_is_in_the_folder(shipped):
     assert {k: v for k, v in card['input'].items() if k != 'pixels'} == dict(size=[16, 16], resize='crop', mode='RGB', dtype='uint8', layout='NHWC')
     assert card['files'] == {f: hashlib.sha256((bundle.path/f).read_bytes()).hexdigest() for f in ('model.onnx', 'requirements.txt')}
     assert card['size_bytes'] == bundle.size_bytes == (bundle.path/'model.onnx').stat().st_size
-    assert card['parity'] == dict(n=21, agree=21, max_diff=bundle.parity.max_diff)
+    assert card['parity'] == dict(n=21, agree=21, max_diff=bundle.parity.max_diff, versus='the Learner')
     assert card['latency_ms'] == bundle.latency_ms > 0 and card['eager_latency_ms'] == bundle.eager_latency_ms > 0
     assert card['provenance']['versions']['torch'] == version('torch') and card['provenance']['data'] == learn.dls.holdings.fingerprint
     assert re.fullmatch(r'\d{4}-\d\d-\d\dT[\d:]{8}[+-]\d\d:\d\d', card['provenance']['date'])
@@ -101,7 +101,7 @@ def test_shipping_leaves_the_learner_ready_to_train(make_learn, tmp_path):
     torch.set_num_threads(2)
     before, threads, values, losses = list(learn.cbs), torch.get_num_threads(), list(learn.recorder.values), list(learn.recorder.losses)
     ship(learn, tmp_path/'b')
-    assert list(learn.cbs) == before and all(cb.learn is learn for cb in before) and learn.mixed_precision in before
+    assert list(learn.cbs) == before and all(cb.learn is learn for cb in before) and learn.autocast_cb in before
     assert len(values) == 2 and learn.recorder.values == values and learn.recorder.losses == losses and learn.epoch == 1    # get_preds empties them
     assert all(m.training for m in learn.model.modules()) and torch.get_num_threads() == threads
 
@@ -140,7 +140,7 @@ def test_overwrite_replaces_a_bundle_and_a_failed_one_leaves_it(learn, tmp_path)
 
 def test_data_that_are_no_image_folder_are_refused(toy, tmp_path):
     with pytest.raises(BadValue, match='data made by image_folder'): ship(toy(), tmp_path/'b')
-    with pytest.raises(BadValue, match='a fitted Learner or a run folder, got Linear'): ship(nn.Linear(1, 1), tmp_path/'b')
+    with pytest.raises(BadValue, match='a fitted Learner, what compress gave or a run folder, got Linear'): ship(nn.Linear(1, 1), tmp_path/'b')
     assert nothing_left(tmp_path)
 
 

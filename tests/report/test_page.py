@@ -61,6 +61,10 @@ def full(name='cat', bs=3):
         confusion=(np.array([[9, 1], [0, 10]]), [name, name]),
         mistakes=[dict(image=Image.new('RGB', (8, 8)), truth=name, predicted=name, probability=.87),
                   dict(image='gone.jpg', truth=name, predicted=name, probability=.5)],
+        compression=dict(tolerance=.5, eager_ms=9., gains=dict(smaller=4., faster_than_torch=9., faster_than_onnx=2.), stages=[
+            dict(name=name, kept=True, reason=name, valid=Estimate(.9, .8, .95, 400), test=Estimate(.9, .8, .95, 400), size_bytes=4000, latency_ms=2.),
+            dict(name='cut', kept=False, reason=f'{name} failed'),
+            dict(name='half', kept=False, reason='too much', proof=name, valid=Estimate(.8, .7, .85, 400), size_bytes=1000, latency_ms=1.)]),
         bundle=dict(path=name, size_bytes=13_400_000, parity=dict(n=840, max_diff=3.2e-7), latency_ms=2., eager_latency_ms=9.),
         provenance=dict(seed=42, versions=dict(torch='2.15.0', timm=None), platform=name))
 
@@ -94,7 +98,7 @@ def test_the_full_report_has_every_section_and_an_alt_for_every_picture(tmp_path
     p = page(tmp_path, **full())
     assert [a['id'] for t, a in p.tags if t == 'section'] == [name for name, *_ in SECTIONS]
     assert all(a.get('alt') for t, a in p.tags if t == 'img')
-    assert sum(t == 'svg' for t, _ in p.tags) == sum(a.get('role') == 'img' and bool(a.get('aria-label')) for _, a in p.tags) == 6
+    assert sum(t == 'svg' for t, _ in p.tags) == sum(a.get('role') == 'img' and bool(a.get('aria-label')) for _, a in p.tags) == 8
     assert [a for t, a in p.tags if t == 'html'] == [{'lang': 'en'}] and sum(t == 'h1' for t, _ in p.tags) == 1
 
 
@@ -159,3 +163,15 @@ def test_a_bundle_and_rows_may_be_objects(tmp_path):
 def test_writing_leaves_one_whole_file(tmp_path):
     page(tmp_path, **full())
     assert [p.name for p in tmp_path.iterdir()] == ['report.html']
+
+
+def test_compression_is_told_stage_by_stage_with_its_verdict(tmp_path):
+    p = page(tmp_path, **full())
+    assert 'Rolled back: cat failed' in p.text and 'Rolled back: too much' in p.text and 'it cost at most 0.5 points' in p.text
+    assert 'In the end 4.0 times smaller, and 9.0 times as fast as the original in eager torch (9 ms), 2.0 times as fast as the original in onnxruntime' in p.text
+    alts = [a['aria-label'] for _, a in p.tags if 'aria-label' in a]
+    assert any('Accuracy against size of the .onnx by stage: cat: 4000; half: 1000' in a for a in alts)
+
+
+def test_a_compressed_bundle_is_verified_against_the_accepted_graph(tmp_path):
+    assert 'Verified: it names the class that the accepted graph names on all 840' in page(tmp_path, bundle=dict(parity=dict(n=840, max_diff=0., versus='the accepted graph'))).text

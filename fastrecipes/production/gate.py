@@ -1,0 +1,172 @@
+"Compression that has to prove itself: each stage is measured beside the original, and kept only if it costs little and gains something."
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import torch
+from fastai.basics import Learner
+
+from fastrecipes.data.loaders import labels_of
+from fastrecipes.errors import BadValue
+from fastrecipes.production.bundle import answers
+from fastrecipes.production.export import graph_of, input_contract, served
+from fastrecipes.production.predictor import Graph
+from fastrecipes.production.timing import interleaved
+from fastrecipes.report import intervals
+from fastrecipes.report.intervals import Difference, Estimate
+from fastrecipes.report.run_folder import GRAPH, STAGES
+
+__all__ = ['Candidate', 'Stage', 'Compressed', 'Gate']
+
+LESS = .98          # of the size or the time before: what counts as smaller or faster
+
+
+@dataclass(frozen=True)
+class Candidate:
+    "What a stage offers: a graph, the Learner it was made from (None: as before), and how it is known to have taken effect."
+    graph: bytes
+    proof: str
+    learn: Learner | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table: a stage by name, whether it was kept and why, and how the model did after it.
+
+    `valid` and `test`: accuracy on those images, None where it never came to a model; `change`: its accuracy on the validation images minus
+    the original's, image by image, which it was judged by; `size_bytes` of the .onnx; `latency_ms`: one image, one thread."""
+    name: str
+    kept: bool
+    reason: str
+    proof: str = ''
+    valid: Estimate | None = None
+    change: Difference | None = None
+    test: Estimate | None = None
+    balanced: Estimate | None = None
+    size_bytes: int | None = None
+    latency_ms: float | None = None
+
+    def record(self) -> dict: return {k: v for k, v in asdict(self).items() if v is not None}
+
+    @classmethod
+    def of(cls, record: dict) -> 'Stage':
+        kinds = dict(valid=Estimate, test=Estimate, balanced=Estimate, change=Difference)
+        return cls(**{k: kinds[k](**v) if k in kinds else v for k, v in record.items()})
+
+
+@dataclass
+class Compressed:
+    """What `compress` accepted: `.learn`, the float student; `.onnx`, the graph, as bytes; `.stages`, the table, the original first.
+
+    `eager_ms`: one image through the original in eager torch, timed beside the graphs. Printed, it is the table."""
+    learn: Learner = field(repr=False)
+    onnx: bytes = field(repr=False)
+    stages: list[Stage]
+    tolerance: float
+    eager_ms: float
+    quantized: bool = False
+
+    @property
+    def original(self) -> Stage: return self.stages[0]
+
+    @property
+    def accepted(self) -> Stage: return [s for s in self.stages if s.kept][-1]
+
+    @property
+    def gains(self) -> dict[str, float]:
+        "How many times smaller the accepted graph is than the original's, and faster than the original in eager torch and in onnxruntime."
+        a, o = self.accepted, self.original
+        return dict(smaller=o.size_bytes/a.size_bytes, faster_than_torch=self.eager_ms/a.latency_ms, faster_than_onnx=o.latency_ms/a.latency_ms)
+
+    def save(self, run):
+        "Write the graph and the table into a run folder."
+        run.write_bytes(GRAPH, self.onnx)
+        run.write_json(STAGES, dict(stages=[s.record() for s in self.stages], tolerance=self.tolerance, eager_ms=self.eager_ms, quantized=self.quantized))
+
+    @classmethod
+    def load(cls, learn: Learner, folder) -> 'Compressed':
+        "What `save` wrote, around the Learner of that run."
+        told = json.loads((folder/STAGES).read_text(encoding='utf8'))
+        return cls(learn, (folder/GRAPH).read_bytes(), [Stage.of(s) for s in told.pop('stages')], **told)
+
+    def __str__(self):
+        head = ('stage', 'valid', 'test', '.onnx', 'one image', '')
+        rows = [head] + [(s.name, _share(s.valid), _share(s.test), f'{s.size_bytes/1e3:,.0f} kB' if s.size_bytes else '–',
+                          f'{s.latency_ms:.2f} ms' if s.latency_ms else '–', ('kept: ' if s.kept else 'rolled back: ') + s.reason if i else s.reason)
+                         for i, s in enumerate(self.stages)]
+        width = [max(len(r[i]) for r in rows) for i in range(5)]
+        lines = ['  '.join([*(c.ljust(w) for c, w in zip(r, width)), r[5]]).rstrip() for r in rows]
+        g = self.gains
+        return '\n'.join([*lines, f'{g["smaller"]:.1f} times smaller; {g["faster_than_torch"]:.1f} times as fast as the original in eager torch '
+                                  f'({self.eager_ms:.2f} ms), {g["faster_than_onnx"]:.1f} times as fast as it is in onnxruntime'])
+
+
+def _share(e) -> str: return f'{e.value:.1%}'.replace('%', ' %') if e else '–'
+
+
+class Gate:
+    """Measure the original, then admit stages: `attempt(name, make)` calls `make() -> Candidate` and keeps what it gives, or does not.
+
+    Kept: within `tolerance` points of the original's accuracy on the validation images, and smaller or faster than what was there before.
+    `make` may raise `ValueError`: the stage is then rolled back with that reason. `.learn` and `.graph` are those accepted so far."""
+    def __init__(self, learn: Learner, tolerance: float):
+        self.tolerance, self.contract = tolerance, input_contract(learn)
+        loaders = learn.dls.loaders
+        if not len(loaders[1].items): raise BadValue('compress: there is no validation image to judge a stage by; give the Learner its data back')
+        self.sides = {name: (list(dl.items), labels_of(dl)) for name, dl in zip(('valid', 'test'), loaders[1:]) if len(dl.items)}
+        self.learn, self.eager = learn, served(learn)
+        self.graph = graph_of(learn, self.eager)
+        self.graphs = [self.graph]
+        self.predicted = self._predict(self.graph)          # the original's, by side
+        self.stages = [self._stage('original', self.graph, self.predicted, True, 'the float network as it came')]
+        self.quantized = False
+
+    def attempt(self, name: str, make: Callable[[], Candidate]) -> bool:
+        print(f'{name} …', flush=True)
+        try: candidate = make()
+        except BadValue as e:
+            self._add(Stage(name, False, str(e)), None)
+            return False
+        predicted = self._predict(candidate.graph)
+        change = intervals.difference(self.sides['valid'][1], predicted['valid'], self.predicted['valid'])
+        ms, _ = self._time({'before': self.graph, 'after': candidate.graph}, eager=False)
+        kept, reason = self._judge(change, len(candidate.graph)/len(self.graph), ms['after']/ms['before'])
+        self._add(self._stage(name, candidate.graph, predicted, kept, reason, candidate.proof, change), candidate.graph)
+        if kept: self.graph, self.learn, self.quantized = candidate.graph, candidate.learn or self.learn, candidate.learn is None
+        return kept
+
+    def compressed(self) -> Compressed:
+        "What was accepted, with the latencies of all stages taken anew in one run."
+        ms, eager = self._time({i: g for i, g in enumerate(self.graphs) if g is not None})
+        stages = [replace(s, latency_ms=ms.get(i)) for i, s in enumerate(self.stages)]
+        return Compressed(self.learn, self.graph, stages, self.tolerance, eager, self.quantized)
+
+    def _judge(self, change: Difference, size: float, time: float) -> tuple[bool, str]:
+        if 100*change.value < -self.tolerance - 1e-9:
+            return False, f'{change} on {change.n} validation images, at most −{self.tolerance:g} is allowed'
+        gains = [f'{1/r:.1f} times {word}' for r, word in ((size, 'smaller'), (time, 'faster')) if r < LESS]
+        if not gains: return False, f'neither smaller nor faster than before ({1/size:.2f} and {1/time:.2f} times)'
+        return True, f'{" and ".join(gains)} than before, {change}'
+
+    def _add(self, stage: Stage, graph):
+        self.stages.append(stage)
+        self.graphs.append(graph)
+        print(f'  {"kept" if stage.kept else "rolled back"}: {stage.reason}', flush=True)
+
+    def _stage(self, name, graph, predicted, kept, reason, proof='', change=None) -> Stage:
+        scores = {side: intervals.accuracy(self.sides[side][1], p) for side, p in predicted.items()}
+        last = list(predicted)[-1]
+        return Stage(name, kept, reason, proof, scores['valid'], change, scores.get('test'), intervals.balanced_accuracy(self.sides[last][1], predicted[last]), len(graph))
+
+    def _predict(self, graph: bytes) -> dict[str, np.ndarray]:
+        run = Graph(graph)
+        return {side: answers(run, items, self.contract).argmax(1) for side, (items, _) in self.sides.items()}
+
+    def _time(self, graphs: dict, eager: bool = True) -> tuple[dict, float | None]:
+        w, h = self.contract['size']
+        pixels = np.random.default_rng(0).integers(0, 256, (1, h, w, 3), dtype=np.uint8)
+        runs = {name: lambda run=Graph(g, threads=1): run(pixels) for name, g in graphs.items()}
+        if eager: runs['eager'] = lambda: self.eager(torch.from_numpy(pixels))
+        ms, _ = interleaved(runs)
+        return ms, ms.pop('eager', None)
