@@ -1,6 +1,7 @@
 "`fastrecipes ls`: the techniques there are, and all that is known of one."
 import inspect
 import json as jsonlib
+import re
 from itertools import groupby
 
 from fastrecipes.errors import BadName, nearest
@@ -44,14 +45,14 @@ def listing(techniques) -> str:
 
 def card(t: Technique) -> str:
     "All that is known of `t`, for a terminal."
-    signature = ', '.join(str(p) for p in t.parameters.values())
+    signature = re.sub(r'\b(?:[a-z_]\w*\.)+(?=[A-Z])', '', ', '.join(str(p) for p in t.parameters.values()))
     first = next(iter(t.parameters.values()), None)
-    value = first and (first.default if first.default not in (first.empty, None) else f'<{first.name}>')
+    value = first and (repr(first.default) if first.default not in (first.empty, None) else f'<{first.name}>')
     rows = [('section', section_of(t)), ('stage', t.stage), ('source', t.source), ('touches', ', '.join(t.touches)),
             ('after', ', '.join(t.after)), ('before', ', '.join(t.before)), ('replaces', t.replaces)]
     rows += [('refuses', f'{other}: {why}') for other, why in t.refuses.items()] + [('', '')]
-    rows += [('method', f'learn.{t.name}({value!r})' if first else f'learn.{t.name}()'),
-             ('keyword', f'{t.name}={value!r}' if first else f'{t.name}=True'),
+    rows += [('method', f'learn.{t.name}({value})' if first else f'learn.{t.name}()'),
+             ('keyword', f'{t.name}={value}' if first else f'{t.name}=True'),
              ('flags', '  '.join(flags_of(t)) or 'none: text cannot carry what it needs')]
     return '\n'.join([f'{t.name}({signature})', '', t.doc, '', *(f'{k:9} {v}'.rstrip() for k, v in rows if v or not k)])
 

@@ -10,7 +10,7 @@ from fastai.vision.all import image_extensions
 from fastcore.xdg import xdg_cache_home
 
 from fastrecipes.data.pixels import read_image
-from fastrecipes.errors import BadValue, NotThere
+from fastrecipes.errors import BadValue, NotThere, nearest
 
 __all__ = ['Verdict', 'check_root', 'scan', 'verdicts']
 
@@ -29,7 +29,9 @@ class Verdict:
 def check_root(root) -> Path:
     "`root` as a path. Raises `NotThere` and `BadValue` unless it is a folder."
     root = Path(root)
-    if not root.exists(): raise NotThere(f'path: {root} does not exist')
+    if not root.exists():
+        near = nearest(root.name, [p.name for p in root.parent.iterdir() if p.is_dir()]) if root.parent.is_dir() else ''
+        raise NotThere(f'path: {root} does not exist{near}')
     if not root.is_dir(): raise BadValue(f'path: {root} is a file; give the folder that holds one folder of images per class')
     return root
 

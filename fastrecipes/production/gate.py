@@ -1,7 +1,7 @@
 "Compression that has to prove itself: each stage is measured beside the original, and kept only if it costs little and gains something."
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -55,13 +55,13 @@ class Stage:
         return cls(**{k: kinds[k](**v) if k in kinds else v for k, v in record.items()})
 
 
-@dataclass
+@dataclass(repr=False)
 class Compressed:
     """What `compress` accepted: `.learn`, the float student; `.onnx`, the graph, as bytes; `.stages`, the table, the original first.
 
     `eager_ms`: one image through the original in eager torch, timed beside the graphs. Printed, it is the table."""
-    learn: Learner = field(repr=False)
-    onnx: bytes = field(repr=False)
+    learn: Learner
+    onnx: bytes
     stages: list[Stage]
     tolerance: float
     eager_ms: float
@@ -100,6 +100,8 @@ class Compressed:
         g = self.gains
         return '\n'.join([*lines, f'{g["smaller"]:.1f} times smaller; {g["faster_than_torch"]:.1f} times as fast as the original in eager torch '
                                   f'({self.eager_ms:.2f} ms), {g["faster_than_onnx"]:.1f} times as fast as it is in onnxruntime'])
+
+    __repr__ = __str__                           # a notebook shows the table too
 
 
 def _share(e) -> str: return f'{e.value:.1%}'.replace('%', ' %') if e else '–'
@@ -147,7 +149,7 @@ class Gate:
             return False, f'{change} on {change.n} validation images, at most −{self.tolerance:g} is allowed'
         gains = [f'{1/r:.1f} times {word}' for r, word in ((size, 'smaller'), (time, 'faster')) if r < LESS]
         if not gains: return False, f'neither smaller nor faster than before ({1/size:.2f} and {1/time:.2f} times)'
-        return True, f'{" and ".join(gains)} than before, {change}'
+        return True, f'{" and ".join(gains)} than before; {change} from the original'
 
     def _add(self, stage: Stage, graph):
         self.stages.append(stage)

