@@ -2,6 +2,7 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -11,6 +12,7 @@ from fastcore.xdg import xdg_cache_home
 
 from fastrecipes.data.pixels import read_image
 from fastrecipes.errors import BadValue, NotThere, nearest
+from fastrecipes.files import whole
 
 __all__ = ['Verdict', 'check_root', 'scan', 'verdicts']
 
@@ -94,9 +96,4 @@ def _memory(files: list[Path]) -> Path:
 
 def _write(path: Path, content):
     "A cache that cannot be written is no error: the files are looked at again next time."
-    tmp = path.with_suffix(f'.{os.getpid()}.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_text(json.dumps(content))
-        os.replace(tmp, path)
-    except OSError: tmp.unlink(missing_ok=True)
+    with suppress(OSError), whole(path) as tmp: tmp.write_text(json.dumps(content))

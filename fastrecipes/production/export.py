@@ -2,7 +2,6 @@
 import io
 import json
 import logging
-import os
 import warnings
 from contextlib import contextmanager, redirect_stdout
 from copy import copy, deepcopy
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from fastrecipes.data.folders import Fit
 from fastrecipes.errors import BadValue
+from fastrecipes.files import whole
 from fastrecipes.objective import cross_entropy_of
 from fastrecipes.technique import Applied
 
@@ -33,14 +33,9 @@ def export_learner(learn: Learner, path) -> Path:
     fails, as it does with a CSVLogger), and `path` is written at once or not at all."""
     path = Path(path)
     if rank_distrib(): return path               # one of the processes writes
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')      # torch and fastai warn of pickles in general
-            torch.save(_bare(learn), tmp, pickle_module=cloudpickle, pickle_protocol=2)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    with whole(path) as tmp, warnings.catch_warnings():
+        warnings.simplefilter('ignore')          # torch and fastai warn of pickles in general
+        torch.save(_bare(learn), tmp, pickle_module=cloudpickle, pickle_protocol=2)
     return path
 
 
@@ -131,13 +126,8 @@ def graph_of(learn: Learner, model: Served | None = None) -> bytes:
 
 def to_onnx(learn: Learner, path) -> Path:
     "Write `learn` to `path` as one ONNX file, the graph that `graph_of` makes, at once or not at all."
-    path = Path(path)
-    graph, tmp = graph_of(learn), path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        tmp.write_bytes(graph)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-    return path
+    with whole(path) as tmp: tmp.write_bytes(graph_of(learn))
+    return Path(path)
 
 
 @contextmanager

@@ -69,9 +69,9 @@ def compress(learn: Learner | str, student: str | None = None, *, prune: float |
 
     if run:
         bundle = ship(small, run.path/'bundle', overwrite=True)
-        scored = score(small.learn)
-        keep_run(run, small.learn, gather(small.learn, run, scored, f'{Path(str(asked["learn"])).name}, compressed', table=[Row.of('float student', scored)],
-                                          bundle=bundle, compression=small))
+        rows = [Row(s.name, s.test or s.valid, s.balanced) for s in dict.fromkeys((small.original, small.accepted))]
+        keep_run(run, small.learn, gather(small.learn, run, scored := score(small.learn), f'{Path(str(asked["learn"])).name}, compressed', table=rows,
+                                          side=scored.side, bundle=bundle, compression=small))
     return small
 
 

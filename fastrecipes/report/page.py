@@ -2,7 +2,6 @@
 import base64
 import hashlib
 import io
-import os
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
+from fastrecipes.files import whole
 from fastrecipes.report import plots
 from fastrecipes.report.intervals import Difference
 
@@ -76,9 +76,7 @@ def write_page(record: Report, path) -> Path:
         totals={s: sum(_of(c, s, 0) for c in record.data.get('classes', ())) for s in ('train', 'valid', 'test')},
         shown=[(name, title) for name, title, wanted in SECTIONS if wanted(record)], script=Markup(COPY),
         script_hash=base64.b64encode(hashlib.sha256(COPY.encode()).digest()).decode())
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    tmp.write_text(html, encoding='utf8')
-    os.replace(tmp, path)
+    with whole(path) as tmp: tmp.write_text(html, encoding='utf8')
     return path
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from fastrecipes import __version__
 from fastrecipes.errors import BadValue, NotThere
+from fastrecipes.files import whole
 
 __all__ = ['RunFolder', 'load_run', 'command_line']
 
@@ -65,13 +66,7 @@ class RunFolder:
         self.note(**facts, finished_at=_now(), finished=True)
 
     def write_bytes(self, name: str, content: bytes):
-        target = self.path/name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tmp = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
-        try:
-            tmp.write_bytes(content)
-            os.replace(tmp, target)
-        finally: tmp.unlink(missing_ok=True)
+        with whole(self.path/name) as tmp: tmp.write_bytes(content)
 
     def write_text(self, name: str, text: str): self.write_bytes(name, text.encode('utf8'))
 
