@@ -1,7 +1,7 @@
 "Flips, rotations, zooms, perspective and light, drawn for each sample by key and applied to whole batches by fastai's own transforms."
 import numpy as np
 import torch
-from fastai.basics import Learner
+from fastai.basics import Learner, TensorImage
 from fastai.vision.augment import Brightness, Contrast, Flip, LightingTfm, AffineCoordTfm, Rotate, Warp, Zoom, setup_aug_tfms
 
 from fastrecipes.data.keyed import keyed, per_sample, with_train
@@ -35,6 +35,9 @@ def augment(self: Learner, flip: bool = True, rotate: float = 10., zoom: float =
     for name, value, lo, hi in (('rotate', rotate, 0, 180), ('zoom', zoom, 1, 2), ('warp', warp, 0, .5), ('lighting', lighting, 0, .9), ('p', p, 0, 1)):
         if not lo <= value <= hi: raise BadValue(f'augment: {name} must be {lo} to {hi}, got {value}')
     keyed(self)
+    if not isinstance(x := self.dls.one_batch()[0], TensorImage) or x.ndim != 4:
+        raise BadValue(f'augment: needs a loader of images (TensorImage), for its transforms pass over others, got {type(x).__name__} {tuple(x.shape)}; '
+                       'give torch datasets to `as_dataloaders`')
     tfms = []
     if flip: tfms.append(Flip(p=1., draw=Draw('flip', 1, 1, p=.5)))
     if rotate: tfms.append(Rotate(p=1., draw=Draw('rotate', -rotate, rotate, p)))

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import TensorImage
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
@@ -17,7 +18,9 @@ __all__ = ['as_dataloaders', 'labels_of', 'Indexed']
 
 
 class Indexed:
-    "A torch dataset of (input, class) as fastai expects one: it knows its classes and its loss, and can be emptied for `export`."
+    """A torch dataset of (input, class) as fastai expects one: it knows its classes and its loss, and can be emptied for `export`.
+
+    Pictures, Pillow's or floating-point tensors `(c, h, w)`, come out as `TensorImage`: fastai's transforms pass over plain tensors."""
     loss_func = CrossEntropyLossFlat()
     def __init__(self, dataset, vocab=None):
         self.dataset = dataset
@@ -26,6 +29,7 @@ class Indexed:
     def __getitem__(self, i):
         x, y = self.dataset[i]
         if isinstance(x, Image.Image): x = torch.from_numpy(np.array(x.convert('RGB'))).permute(2, 0, 1).float()/255
+        if isinstance(x, torch.Tensor) and x.ndim == 3 and x.is_floating_point(): x = TensorImage(x)
         return x, torch.as_tensor(y)
     def new_empty(self): return type(self)([], self.vocab)
 

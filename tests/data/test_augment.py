@@ -58,3 +58,14 @@ def test_validation_images_stay_as_they_are_and_the_last_call_wins(learn):
 @pytest.mark.parametrize('kwargs, message', [(dict(zoom=.5), 'zoom must be 1 to 2'), (dict(rotate=-1), 'rotate must be 0 to 180'), (dict(lighting=1.), 'lighting must be 0 to 0.9')])
 def test_values_outside_their_ranges(learn, kwargs, message):
     with pytest.raises(ValueError, match=message): learn.augment(**kwargs)
+
+
+def test_images_in_memory_are_varied_too_and_what_is_no_image_is_refused(toy):
+    from fastrecipes.data.loaders import as_dataloaders
+    x = torch.rand(64, 3, 16, 16)
+    dls = as_dataloaders(torch.utils.data.TensorDataset(x, torch.arange(64) % 2), bs=16)
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(768, 2))).augment()
+    known = {tuple(i.flatten().tolist()) for i in x}
+    assert not any(tuple(i.flatten().tolist()) in known for i in learn.dls.train.one_batch()[0])
+    assert all(tuple(i.flatten().tolist()) in known for i in learn.dls.valid.one_batch()[0])
+    with pytest.raises(ValueError, match=r'augment: needs a loader of images \(TensorImage\), .* got Tensor \(16, 4\)'): toy().augment()
