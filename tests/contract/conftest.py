@@ -1,0 +1,68 @@
+"""The contract that every registered technique keeps, one module a clause, driven by the registry.
+
+The Learner: scikit-learn's digits in memory, imbalanced, 16×16 px, a small network without batch statistics or dropout of its own."""
+import pytest
+import torch
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, nn
+from fastai.metrics import accuracy
+from sklearn.datasets import load_digits
+from torch.utils.data import TensorDataset
+
+from fastrecipes.data.keyed import KeyedDL, keyed
+from fastrecipes.data.loaders import Indexed
+from fastrecipes.technique import discover
+
+TECHNIQUES = discover()
+NAMES = sorted(TECHNIQUES)
+
+
+def pictures():
+    "Digits `(n, 1, 16, 16)` in about [−1, 1] with their labels; the classes 5 to 9 come up half as often."
+    d = load_digits()
+    x, y = torch.tensor(d.images, dtype=torch.float32)[:, None]/8-1, torch.tensor(d.target)
+    kept = [i for i in range(len(y)) if y[i] < 5 or i % 2]
+    return nn.functional.interpolate(x[kept], scale_factor=2), y[kept]
+
+
+X, Y = pictures()
+
+
+def learner(n=1024, bs=64, seed=0, n_valid=192) -> Learner:
+    "A new Learner on the first `n` digits; equal seeds give equal Learners."
+    train, valid = (Indexed(TensorDataset(X[s], Y[s]), vocab=range(10)) for s in (slice(0, n), slice(1024, 1024+n_valid)))
+    dls = DataLoaders(KeyedDL(train, bs, seed=seed, shuffle=True, drop_last=True, num_workers=0), KeyedDL(valid, bs, seed=seed, num_workers=0),
+                      device=torch.device('cpu'))
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    learn = Learner(dls, net, CrossEntropyLossFlat(), metrics=accuracy)
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda row: None
+    keyed(learn, seed)
+    return learn
+
+
+def arguments(name: str, learn: Learner) -> dict:
+    "What a technique is called with: the example of its record where it has one, else its defaults."
+    example = TECHNIQUES[name].example
+    return example(learn) if callable(example) else dict(example or {})
+
+
+def use(learn: Learner, *names) -> Learner: return learn.use(**{n: arguments(n, learn) for n in names})
+
+
+def refusal(*names) -> str | None:
+    "The sentence by which one of two techniques refuses the other."
+    return next((why for a, b in (names, names[::-1]) if (why := TECHNIQUES[a].refuses.get(b))), None)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    "On networks this small a second thread costs more than it gives, thirty times more where something else wants the core."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def quiet(recwarn): yield
