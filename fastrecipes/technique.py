@@ -12,6 +12,7 @@ import fastai.distributed     # noqa: F401
 from fastai.basics import Callback, Learner, camel2snake, patch
 
 from fastrecipes import repairs  # noqa: F401  the mends of fastai
+from fastrecipes.arguments import bound
 from fastrecipes.errors import BadName, BadValue, nearest
 
 __all__ = ['STAGES', 'TECHNIQUES', 'RECIPE_PARAMETERS', 'Technique', 'Applied', 'TechniqueCallback', 'technique', 'put', 'say',
@@ -59,7 +60,7 @@ class Technique:
         for name in given:
             if name not in names: raise BadName(f'{self.name}: no argument {name!r}{nearest(name, names)} It takes {", ".join(names) or "none"}.')
         missing = [n for n, p in self.parameters.items() if p.default is p.empty and n not in given]
-        if missing: raise BadName(f'{self.name}: needs {", ".join(missing)}; write {self.name}=dict({missing[0]}=…)')
+        if missing: raise BadName(f'{self.name}: needs {", ".join(missing)}: {self.name}=dict({missing[0]}=…) in Python, --{self.name} {missing[0].upper()} at the command line')
         return given
 
 
@@ -118,7 +119,7 @@ def technique(stage: str, *, section, source: str, touches=(), after=(), before=
 
         @wraps(f)
         def method(self, *args, **kwargs):
-            arguments = inspect.signature(f).bind(self, *args, **kwargs).arguments
+            arguments = bound(name, f, self, *args, **kwargs)
             for other in applied(self): _refuse(name, other)
             previous = applied(self).pop(name, None)
             applied(self)[name] = Applied(dict(list(arguments.items())[1:]))

@@ -279,7 +279,7 @@ def test_a_card_gives_order_and_refusals(capsys):
         del Learner.bench_alone
     page = capsys.readouterr().out
     assert re.search(r'^after +mixup$', page, re.M) and re.search(r'^refuses +balance: one is enough$', page, re.M)
-    assert "learn.bench_alone('<other>')" in page and re.search(r'^flags +--bench_alone OTHER  --bench_alone.other OTHER$', page, re.M)
+    assert "learn.bench_alone(<other>)" in page and re.search(r'^flags +--bench_alone OTHER  --bench_alone.other OTHER$', page, re.M)
 
 
 @pytest.fixture

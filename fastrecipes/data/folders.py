@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
 import torch
 from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, TransformBlock
 from fastai.vision.all import IntToFloatTensor, PILImage
 from fasttransform import Transform
+from PIL import Image
 
+from fastrecipes.arguments import check_types
 from fastrecipes.data.keyed import KeyedDL
 from fastrecipes.data.pixels import RESIZES, Resize, fit_image, read_image
 from fastrecipes.data.scan import scan, verdicts
@@ -25,7 +28,8 @@ GIVEN = {'train': 'train', 'training': 'train', 'valid': 'valid', 'val': 'valid'
 class RGBImage(PILImage):
     "An image as `read_image` reads it: upright, 8 bits, RGB."
     @classmethod
-    def create(cls, source, **kwargs): return cls(read_image(source))
+    def create(cls, source: Path | str | bytes | np.ndarray | Image.Image, **kwargs):      # the types that `learn.predict` takes
+        return cls(read_image(Image.fromarray(source) if isinstance(source, np.ndarray) else source))
 
 
 class Fit(Transform):
@@ -56,6 +60,7 @@ def image_folder(path, *, size: int = 224, bs: int = 64, valid: float = .2, test
 
     Raises `FileNotFoundError` and `ValueError`: no folder, no images, one class, a class without images, a class only outside
     training, fewer training images than `bs`."""
+    check_types(image_folder, locals())
     path = Path(path)
     if resize not in RESIZES: raise BadValue(f'resize: one of {", ".join(RESIZES)}, got {resize!r}{nearest(resize, RESIZES)}')
     if size < 8: raise BadValue(f'size: at least 8 px, got {size}')

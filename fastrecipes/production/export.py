@@ -92,7 +92,7 @@ def input_contract(learn: Learner) -> dict:
     valid = getattr(learn.dls, 'valid', None)
     fit = next((t for t in getattr(getattr(valid, 'after_item', None), 'fs', ()) if isinstance(t, Fit)), None)
     if fit is None or not any(isinstance(t, IntToFloatTensor) for t in valid.after_batch.fs):
-        raise BadValue('ship: needs a Learner on data made by image_folder, for what is shipped reads image files as training did, '
+        raise BadValue('learn: must be a Learner on data made by image_folder, for what is shipped reads image files as training did, '
                        'and other data do not say how')
     return dict(size=list(fit.size), resize=fit.resize, mode='RGB', dtype='uint8', layout='NHWC',
                 pixels='upright by EXIF, first frame, 16 bits scaled to 8, transparency on white, then resized by Pillow, bilinear')

@@ -97,9 +97,15 @@ class Compressed:
                          for i, s in enumerate(self.stages)]
         width = [max(len(r[i]) for r in rows) for i in range(5)]
         lines = ['  '.join([*(c.ljust(w) for c, w in zip(r, width)), r[5]]).rstrip() for r in rows]
+        return '\n'.join([*lines, self.verdict])
+
+    @property
+    def verdict(self) -> str:
+        "What came of it, in one sentence."
+        if self.accepted is self.original: return 'Nothing was kept: the network is as it was'
         g = self.gains
-        return '\n'.join([*lines, f'{g["smaller"]:.1f} times smaller; {g["faster_than_torch"]:.1f} times as fast as the original in eager torch '
-                                  f'({self.eager_ms:.2f} ms), {g["faster_than_onnx"]:.1f} times as fast as it is in onnxruntime'])
+        return (f'{g["smaller"]:.1f} times smaller than the original as .onnx; {g["faster_than_onnx"]:.1f} times as fast as the original in onnxruntime, '
+                f'{g["faster_than_torch"]:.1f} times as fast as in eager torch ({self.eager_ms:.2f} ms)')
 
     __repr__ = __str__                           # a notebook shows the table too
 

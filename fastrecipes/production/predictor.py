@@ -92,6 +92,7 @@ def sha256(data: bytes) -> str:
 
 def _read_card(path: Path) -> dict:
     if not path.is_dir(): raise NotThere(f'bundle: {path} {"is a file" if path.exists() else "does not exist"}; give the folder that `ship` wrote')
+    if (path/'bundle'/CARD).is_file(): raise NotThere(f'bundle: {path} is a run; did you mean its bundle, {path/"bundle"}?')
     if not (path/CARD).is_file(): raise NotThere(f'bundle: {path} has no {CARD}; give the folder that `ship` wrote')
     try: card = json.loads((path/CARD).read_text(encoding='utf8'))
     except ValueError as e: raise BadValue(f'bundle: {path/CARD} is not JSON ({e})') from None

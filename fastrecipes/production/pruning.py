@@ -54,7 +54,8 @@ def prune(self: Learner, amount: float | None = None, threshold: float | None = 
     `amount` in [0, 1): the share of all weights of `layers` together, by absolute value (default .2); or `threshold` ≥ 0: all weights
     up to it. `layers`: names of modules, modules, or pairs (module, 'weight'); default: every convolution and linear layer. Call it on
     a trained network and fit again; again with a larger amount to go on (amounts are of the original weights). Masks stay out of
-    checkpoints. It makes no network faster, and its file smaller only once compressed: `compress(prune=…)` removes whole channels.
+    checkpoints. It makes no network faster, and its file smaller only once compressed: `prune` of `compress` and `pipeline` is another
+    thing, and removes whole channels.
     Raises `ValueError` outside the ranges, for both at once, for unknown layers, and for an amount below what is pruned already."""
     if amount is None and threshold is None: amount = .2
     if amount is not None and threshold is not None: raise BadValue(f'prune: amount or threshold, not both; got {amount=}, {threshold=}')
@@ -110,10 +111,12 @@ def _zeros(weights) -> float:
     return sum(int((w == 0).sum()) for w in ws)/max(1, sum(w.numel() for w in ws))
 
 
-def pruned_info(model: nn.Module) -> dict[str, float]:
+def pruned_info(model: nn.Module | Learner) -> dict[str, float]:
     """Print and return how much of each weight of `model` is 0, in % (0–100), by the name of its module, and `'Total'` over all of them.
 
     Convolutions and linear layers, however deep they are nested; masks of `torch.nn.utils.prune` that are still on count as well."""
+    if isinstance(model, Learner): model = model.model
+    if not isinstance(model, nn.Module): raise BadValue(f'pruned_info: a network or a Learner, got {type(model).__name__}')
     named = [(name or type(m).__name__, m.weight.detach()) for name, m in model.named_modules() if isinstance(m, KINDS)]
     info = {name: 100*float((w == 0).float().mean()) for name, w in named}
     n = sum(w.numel() for _, w in named)

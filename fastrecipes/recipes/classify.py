@@ -1,10 +1,12 @@
 "From a folder of images to a trained classifier."
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, get_args
 
 from fastai.basics import Learner
 from fastai.metrics import BalancedAccuracy, accuracy
 
+from fastrecipes.arguments import check_types
 from fastrecipes.data.keyed import keyed
 from fastrecipes.data.loaders import as_dataloaders
 from fastrecipes.data.pixels import Resize
@@ -51,6 +53,7 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
         overwrite: replace the run in that folder
     """
     asked = dict(locals())
+    check_types(image_classifier, asked)
     todo = plan({**USUAL, **techniques})
     check_recipe(path, arch, epochs, lr, schedule)
     net = backbone(arch, pretrained)
@@ -60,7 +63,8 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     run = out and RunFolder.open('image-classifier', asked, out, overwrite, defaults=image_classifier)
     learn = lines_unless_terminal(classifier(dls, net, metrics=[accuracy, BalancedAccuracy()]), arch)
     keyed(learn, seed)
-    for t, arguments in todo: t.f(learn, **arguments)
+    with run.refusable() if run else nullcontext():
+        for t, arguments in todo: t.f(learn, **arguments)
 
     train(learn, epochs, lr, schedule, pretrained)
 
@@ -84,10 +88,10 @@ def train(learn: Learner, epochs: int, lr: float | str = 'find', schedule: Sched
     fit(epochs, slice(lr/10, lr/2) if pretrained else lr)
 
 
-def check_recipe(path, arch, epochs, lr, schedule):
-    "Raise for what can be told wrong before any data are read and any weights fetched."
+def check_recipe(path, arch, epochs, lr, schedule, what: str = 'arch'):
+    "Raise for what can be told wrong before any data are read and any weights fetched. `what`: the argument that `arch` came by."
     if isinstance(path, (str, Path)): check_root(path)
-    check_arch(arch)
+    check_arch(arch, what)
     if epochs < 1: raise BadValue(f'epochs: at least 1, got {epochs}')
     if lr != 'find' and (isinstance(lr, str) or not lr > 0): raise BadValue(f"lr: a number above 0, or 'find', got {lr!r}")
     if schedule not in get_args(Schedule): raise BadValue(f'schedule: one of {", ".join(get_args(Schedule))}, got {schedule!r}{nearest(schedule, get_args(Schedule))}')

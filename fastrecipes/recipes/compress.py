@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 from fastai.basics import Learner, nn
 
+from fastrecipes.arguments import check_types
 from fastrecipes.data.keyed import keyed
 from fastrecipes.errors import BadValue
 from fastrecipes.production.distillation import statistics_of
@@ -18,7 +19,7 @@ from fastrecipes.recipes.classify import check_recipe, train
 from fastrecipes.recipes.ship import ship
 from fastrecipes.report.evidence import Row, gather, keep_run, score
 from fastrecipes.report.history import history, lines_unless_terminal
-from fastrecipes.report.run_folder import RunFolder, load_run
+from fastrecipes.report.run_folder import STAGES, RunFolder, load_run
 from fastrecipes.technique import TECHNIQUES, applied
 from fastrecipes.training.reproducibility import seed_everything
 from fastrecipes.training.transfer import Backbone, backbone, classifier, unnormalised
@@ -54,10 +55,12 @@ def compress(learn: Learner | str, student: str | None = None, *, prune: float |
         overwrite: replace the run in that folder
     """
     asked = dict(locals())
+    check_types(compress, asked)
     prune, quantize = check_compression(prune, quantize, tolerance)
-    if student: check_recipe(None, student, epochs, lr, 'flat_cos')
-    net = backbone(student, pretrained) if student else None
-    if not isinstance(learn, Learner): learn = load_run(learn)
+    if not (student or prune or quantize): raise BadValue('compress: student, prune and quantize are all off: nothing to do')
+    if student or prune: check_recipe(None, student or 'resnet18', epochs, lr, 'flat_cos', 'student')
+    net = backbone(student, pretrained, 'student') if student else None
+    learn = _to_compress(learn, out)
 
     run = out and RunFolder.open('compress', asked, out, overwrite, defaults=compress)
     seed_everything(seed)
@@ -75,6 +78,15 @@ def compress(learn: Learner | str, student: str | None = None, *, prune: float |
     return small
 
 
+def _to_compress(learn, out) -> Learner:
+    "The Learner to start from."
+    if isinstance(learn, Learner): return learn
+    if not isinstance(learn, (str, Path)): raise BadValue(f'learn: a fitted Learner or a run folder, got {type(learn).__name__}; what compress gave holds its Learner in .learn')
+    if out and Path(out).resolve() == Path(learn).resolve(): raise BadValue(f'out: {out} is the run to compress; name another folder')
+    if (Path(learn)/STAGES).is_file(): print(f'{learn} was compressed already: starting from its float network')
+    return load_run(learn)
+
+
 def check_compression(prune, quantize, tolerance) -> tuple[float | None, str | None]:
     "`prune` and `quantize`, None where they are off. Raises for what can be told wrong before any work."
     prune, quantize = {True: .5, False: None}.get(prune, prune), {True: 'static', False: None}.get(quantize, quantize)
@@ -89,8 +101,9 @@ def _distilled(teacher: Learner, net: Backbone, epochs, lr, seed, how) -> Candid
     theirs = statistics_of(teacher)
     same = net.statistics is None or theirs and all(np.allclose(a.flatten(), b) for a, b in zip(theirs, net.statistics))
     student = classifier(teacher.dls if same else unnormalised(teacher.dls), net, metrics=teacher.metrics)
-    _teach(student, teacher, seed, how)
-    train(student, epochs, lr, pretrained=net.statistics is not None, title=f'distil to {net.arch}')
+    if _count(student.model) >= _count(teacher.model): print(f'  {net.arch} is no smaller than what it is to replace: {_size(teacher.model)} → {_size(student.model)} parameters')
+    _teach(student, teacher, seed, how, net.arch)
+    train(student, epochs, lr, pretrained=net.statistics is not None, title='distillation')
     return Candidate(graph_of(student), f'{_size(teacher.model)} → {_size(student.model)} parameters', student)
 
 
@@ -99,8 +112,8 @@ def _pruned(learn: Learner, ratio: float, epochs, lr, seed, how) -> Candidate:
     thin = slimmed(learn.model, ratio, *learn.dls.one_batch()[:1])
     student = Learner(learn.dls, thin, learn.loss_func, metrics=learn.metrics)
     history(student).fits = list(history(learn).fits)
-    _teach(student, how['teacher'], seed, how)
-    train(student, epochs, lr, title='fine-tune what was pruned')
+    _teach(student, how['teacher'], seed, how, 'pruned')
+    train(student, epochs, lr, title='fine-tuning')
     return Candidate(graph_of(student), f'{_size(learn.model)} → {_size(student.model)} parameters', student)
 
 
@@ -112,12 +125,15 @@ def _quantized(gate: Gate, seed) -> Candidate:
     return Candidate(graph, f'{quantized_share(graph):.1%} of the weights in 8 bits')
 
 
-def _teach(student: Learner, teacher: Learner, seed, how):
+def _teach(student: Learner, teacher: Learner, seed, how, title: str):
     "Give the student the teacher's training: its techniques (those of the data lie in its loaders), its seed, and its answers."
-    lines_unless_terminal(student, 'student')
+    lines_unless_terminal(student, title)
     keyed(student, seed)
     inherited = {n: a.arguments for n, a in applied(teacher).items() if TECHNIQUES[n].stage in ('loss', 'optim', 'train')}
     student.use(**{**inherited, 'distill': how})
 
 
-def _size(model: nn.Module) -> str: return f'{sum(p.numel() for p in model.parameters()):,}'
+def _count(model: nn.Module) -> int: return sum(p.numel() for p in model.parameters())
+
+
+def _size(model: nn.Module) -> str: return f'{_count(model):,}'

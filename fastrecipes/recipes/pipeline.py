@@ -7,6 +7,7 @@ from fastai.basics import Learner
 from fastai.metrics import BalancedAccuracy, accuracy
 from fastcore.xdg import xdg_cache_home
 
+from fastrecipes.arguments import check_types
 from fastrecipes.data.loaders import as_dataloaders
 from fastrecipes.data.pixels import Resize
 from fastrecipes.data.samples import digits
@@ -79,10 +80,12 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
         overwrite: replace the run in that folder
     """
     asked = dict(locals())
+    check_types(pipeline, asked)
     plan({**USUAL, **techniques})
     check_recipe(path, arch, epochs, lr, schedule)
     prune, quantize = check_compression(prune, quantize, tolerance)
-    for name in filter(None, (arch, student)): backbone(name, pretrained)      # weights that cannot be fetched: say so before an hour of work
+    for what, name in (('arch', arch), ('student', student)):
+        if name: backbone(name, pretrained, what)   # weights that cannot be fetched: say so before an hour of work
 
     seed_everything(seed)
     data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, resize=resize, seed=seed, workers=workers)
@@ -91,7 +94,8 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
     run.note(fingerprint=data.holdings.fingerprint)
 
     started = time.monotonic()
-    learn = image_classifier(data, arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule, seed=seed, **techniques)
+    with run.refusable():
+        learn = image_classifier(data, arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule, seed=seed, **techniques)
     scored = score(learn)
     rows, plain = [Row.of('recipe', scored, time.monotonic()-started)], None
     if baseline:

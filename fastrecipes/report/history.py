@@ -36,7 +36,9 @@ class Lines:
 
     def __call__(self, row):
         cells = [f'{name} {v:.4f}' if isinstance(v, float) else f'{name} {v}' for name, v in zip(self.recorder.metric_names, row)]
-        print(f'  {self.title}: ' + '  '.join(cells), flush=True)
+        past = next((cb for cb in self.recorder.learn.cbs if type(cb) is History), None)
+        act = f', {past.title}' if past and past.title != 'training' else ''
+        print(f'  {self.title}{act}: ' + '  '.join(cells), flush=True)
 
 
 def lines_unless_terminal(learn: Learner, title: str) -> Learner:

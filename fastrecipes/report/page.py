@@ -59,7 +59,7 @@ class Report:
     confusion: tuple | None = None              # (counts (c, c) with the truth in rows, [class name])
     mistakes: list = field(default_factory=list)    # [dict(image: PIL image or path, truth, predicted, probability)], the worst first
     compression: object = None                  # stages: [dict(name, kept, reason, proof, valid, change, test, size_bytes, latency_ms)], the original
-                                                # first; tolerance: points; eager_ms; gains: {'smaller', 'faster_than_torch', 'faster_than_onnx'}
+                                                # first; tolerance: points; verdict: a sentence
     bundle: object = None                       # path, size_bytes, parity: dict(n: images, agree: of them, max_diff: of probabilities), latency_ms and
                                                 # eager_latency_ms: one image, without and with torch
     provenance: dict = field(default_factory=dict)  # provenance.json
@@ -153,7 +153,7 @@ def _figures(record: Report) -> dict[str, tuple[Markup, str]]:
 def _facts(provenance: dict) -> list[tuple[str, str]]:
     "Provenance as (name, text), one level deep; the command has a place of its own, and the report is written before the end."
     return [(k.replace('_', ' '), ' · '.join(f'{n} {o}' for n, o in v.items() if o is not None) if isinstance(v, dict) else str(v))
-            for k, v in provenance.items() if v is not None and k not in ('command', 'finished', 'finished_at')]
+            for k, v in provenance.items() if v is not None and k not in ('command', 'cwd', 'finished', 'finished_at')]
 
 
 def _thumbnail(image) -> str | None:

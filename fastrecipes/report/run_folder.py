@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 from collections.abc import Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from fastrecipes import __version__
-from fastrecipes.errors import BadValue, NotThere
+from fastrecipes.errors import BadValue, NotThere, UserError
 from fastrecipes.files import whole
 
 __all__ = ['RunFolder', 'load_run', 'command_line']
@@ -60,6 +61,16 @@ class RunFolder:
         "Add facts to provenance.json, such as `fingerprint` of the data."
         self.provenance |= facts
         self.write_json(PROVENANCE, self.provenance)
+
+    @contextmanager
+    def refusable(self):
+        "A block that a user's mistake may end: a folder in which nothing has happened yet then goes again."
+        try: yield
+        except UserError:
+            if {p.name for p in self.path.iterdir()} <= {RECIPE, PROVENANCE}:
+                for p in self.path.iterdir(): p.unlink()
+                self.path.rmdir()
+            raise
 
     def finish(self, **facts):
         "Say that the run came to its end; the last thing that is written."
@@ -172,7 +183,7 @@ def _provenance(recipe: str, arguments: dict) -> dict:
         except PackageNotFoundError: return None
     return dict(recipe=recipe, seed=arguments.get('seed'), fingerprint=None,
                 versions=dict(fastrecipes=__version__, python=platform.python_version(), **{p: installed(p) for p in PACKAGES}),
-                platform=platform.platform(), cpus=os.cpu_count(), started_at=_now(), finished_at=None, finished=False)
+                platform=platform.platform(), cpus=os.cpu_count(), cwd=os.getcwd(), started_at=_now(), finished_at=None, finished=False)
 
 
 def load_run(path):
@@ -191,18 +202,19 @@ def load_run(path):
 
     discover()
     path = Path(path)
+    if path.is_file(): raise NotThere(f'run: {path} is a file; give the folder of the run, {path.parent}')
     if not path.is_dir(): raise NotThere(f'run: {path} does not exist; give the folder that a run left behind, like runs/pipeline-…')
     for name in (RECIPE, LEARNER):
         if not (path/name).is_file(): raise NotThere(f'run: {path} has no {name}; give the folder of a run that came to its end')
     recipe = _data_of(path)
-    if not (data := Path(str(recipe.get('path')))).is_dir():
+    if not (data := _from_there(path, recipe.get('path'))).is_dir():
         why = 'its data were given in Python, not as a folder' if str(data).startswith('<') else f'its data folder {data} is not there (seen from here)'
         raise NotThere(f'run: {path} cannot be rebuilt: {why}; fastai\'s load_learner gives its Learner without data')
 
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')          # fastai warns of every pickle
         learn = load_learner(path/LEARNER, cpu=not is_available())
-    dls = image_folder(**{k: recipe[k] for k in inspect.signature(image_folder).parameters if k in recipe})
+    dls = image_folder(**{k: recipe[k] for k in inspect.signature(image_folder).parameters if k in recipe} | dict(path=data))
     if list(dls.vocab) != list(learn.dls.vocab):
         raise BadValue(f'run: the classes of {data} have changed since {path} was trained: {", ".join(map(str, learn.dls.vocab))} then, '
                        f'{", ".join(map(str, dls.vocab))} now')
@@ -214,10 +226,15 @@ def load_run(path):
     return learn
 
 
+def _from_there(run: Path, path) -> Path:
+    "A path of a recipe, as it was meant where the run was started."
+    return Path(_read(run/PROVENANCE).get('cwd', '.'))/str(path)
+
+
 def _data_of(path: Path) -> dict:
     "The arguments by which the data of a run were made: its own, or, for a compressed one, those of the run it started from."
     recipe = _read(path/RECIPE)
     if 'path' in recipe or 'learn' not in recipe: return recipe
-    if not (first := Path(str(recipe['learn']))).is_dir():
+    if not (first := _from_there(path, recipe['learn'])).is_dir():
         raise NotThere(f'run: {path} cannot be rebuilt: the run it was compressed from, {first}, is not there (seen from here)')
     return _data_of(first)

@@ -10,7 +10,7 @@ from fastrecipes.technique import TechniqueCallback, applied, put, say, techniqu
 
 __all__ = ['Autocast', 'low_precision']
 
-REFUSED = {'to_fp16': 'each sets the precision of the forward pass; call to_fp32() before another one'}
+REFUSED = {'to_fp16': 'each sets the precision of the forward pass; keep one (to_fp32() undoes either)'}
 
 
 class Autocast(TechniqueCallback, MixedPrecision):

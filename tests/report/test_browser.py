@@ -48,7 +48,7 @@ def report(tmp_path_factory):
                fits=[dict(name='new head, body frozen', columns=cols, rows=[[1., .9, .5]]), dict(name='all layers', columns=cols, rows=[[.8, .7, .6]]*5)],
                lr_find=dict(lrs=[1e-5, 1e-3, 1e-1], losses=[2., 1., 9.], suggestion=1e-3), schedule=[.1, .2, .1], confusion=(np.eye(16, dtype=int)*9, labels),
                mistakes=[dict(image=Image.new('RGB', (300, 200), 'teal'), truth=labels[0], predicted=LONG, probability=.9)]*5,
-               compression=dict(tolerance=.5, eager_ms=9., gains=dict(smaller=4., faster_than_torch=9., faster_than_onnx=2.), stages=[
+               compression=dict(tolerance=.5, verdict='4.0 times smaller', stages=[
                    dict(name=n, kept=k, reason=LONG, proof=LONG, valid=e, test=e, size_bytes=b, latency_ms=b/1e6)
                    for n, k, b in (('original', True, 44_000_000), (LONG, True, 9_000_000), ('quantize (static)', False, 3_000_000))]),
                bundle=dict(path=LONG, size_bytes=13_400_000, parity=dict(n=840, max_diff=3e-7), latency_ms=2., eager_latency_ms=9.),

@@ -1,0 +1,45 @@
+"Arguments against the types their function declares: a wrong one is a sentence before any work, not a comparison that fails inside it."
+import inspect
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin
+
+from fastrecipes.errors import BadName, BadValue, nearest
+
+__all__ = ['bound', 'check_types']
+
+KINDS = {float: (Real, 'a number'), int: (Integral, 'a whole number'), str: (str, 'text'), bool: (bool, 'True or False'), NoneType: (NoneType, 'None')}
+
+
+def bound(who: str, f, *args, **kwargs) -> dict:
+    "The arguments of the call `f(*args, **kwargs)` by name, checked. Raises `TypeError` naming `who` for one that is missing or unknown."
+    signature = inspect.signature(f)
+    takes = list(signature.parameters)
+    for name in kwargs:
+        if name not in takes: raise BadName(f'{who}: no argument {name!r}{nearest(name, takes[1:])} It takes {", ".join(takes[1:]) or "none"}.')
+    try: arguments = signature.bind(*args, **kwargs).arguments
+    except TypeError as e: raise BadName(f'{who}: {e}; it takes {", ".join(takes[1:]) or "no arguments"}') from None
+    check_types(f, arguments, who)
+    return arguments
+
+
+def check_types(f, values: dict, who: str | None = None):
+    "Raise `BadValue` for a value of another type than `f` declares; parameters whose types are classes of ours or fastai's are not looked at."
+    for name, p in inspect.signature(f, eval_str=True).parameters.items():
+        if name not in values or _fits(values[name], p.annotation): continue
+        raise BadValue(f'{who + ": " if who else ""}{name} must be {_words(p.annotation)}, got {values[name]!r}')
+
+
+def _fits(value, kind) -> bool:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType): return any(_fits(value, a) for a in args)
+    if origin in (list, tuple): return not isinstance(value, (str, dict, Real, NoneType))
+    if kind not in KINDS: return True if origin is not Literal else isinstance(value, str)
+    return isinstance(value, KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
+
+
+def _words(kind) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType): return ' or '.join(dict.fromkeys(map(_words, args)))
+    if origin is Literal: return ' or '.join(map(repr, args))
+    return 'a list' if origin in (list, tuple) else KINDS[kind][1] if kind in KINDS else getattr(kind, '__name__', str(kind))
