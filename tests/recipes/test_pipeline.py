@@ -12,7 +12,7 @@ from fastrecipes.cli import main
 from fastrecipes.production.export import input_contract
 from fastrecipes.production.predictor import Graph, Predictor, batched, pixels_of
 from fastrecipes.recipes.classify import image_classifier
-from fastrecipes.recipes.pipeline import pipeline
+from fastrecipes.recipes.pipeline import pipeline, plain_fastai
 from fastrecipes.recipes.ship import ship
 from fastrecipes.report.run_folder import load_run
 
@@ -141,3 +141,13 @@ def test_loaders_given_in_python_train_too():
     x[y == 1] += 1
     learn = image_classifier(torch.utils.data.TensorDataset(x, y), arch='resnet10t', pretrained=False, epochs=12, lr=3e-3, bs=8, augment=False)
     assert learn.validate()[1] > .8
+
+
+def test_plain_fastai_does_not_depend_on_who_used_the_loaders_before(photos):
+    from fastrecipes.data.folders import image_folder
+    runs = []
+    for used in (0, 3):
+        dls = image_folder(photos, size=16, bs=4)
+        for _ in range(used): dls.one_batch()
+        runs.append([p.detach().clone() for p in plain_fastai(dls, 'resnet10t', 1, pretrained=False).model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
