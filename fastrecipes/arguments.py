@@ -6,7 +6,7 @@ from typing import Literal, Union, get_args, get_origin
 
 from fastrecipes.errors import BadName, BadValue, nearest
 
-__all__ = ['bound', 'check_types']
+__all__ = ['bound', 'check_names', 'check_types']
 
 KINDS = {float: (Real, 'a number'), int: (Integral, 'a whole number'), str: (str, 'text'), bool: (bool, 'True or False'), NoneType: (NoneType, 'None')}
 
@@ -15,12 +15,17 @@ def bound(who: str, f, *args, **kwargs) -> dict:
     "The arguments of the call `f(*args, **kwargs)` by name, checked. Raises `TypeError` naming `who` for one that is missing or unknown."
     signature = inspect.signature(f)
     takes = list(signature.parameters)
-    for name in kwargs:
-        if name not in takes: raise BadName(f'{who}: no argument {name!r}{nearest(name, takes[1:])} It takes {", ".join(takes[1:]) or "none"}.')
+    check_names(who, kwargs, takes[1:])
     try: arguments = signature.bind(*args, **kwargs).arguments
     except TypeError as e: raise BadName(f'{who}: {e}; it takes {", ".join(takes[1:]) or "no arguments"}') from None
     check_types(f, arguments, who)
     return arguments
+
+
+def check_names(who: str, given, takes: list[str]):
+    "Raise `BadName` for one of `given` that `who` does not take."
+    for name in given:
+        if name not in takes: raise BadName(f'{who}: no argument {name!r}{nearest(name, takes)} It takes {", ".join(takes) or "none"}.')
 
 
 def check_types(f, values: dict, who: str | None = None):

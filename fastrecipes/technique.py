@@ -12,7 +12,7 @@ import fastai.distributed     # noqa: F401
 from fastai.basics import Callback, Learner, camel2snake, patch
 
 from fastrecipes import repairs  # noqa: F401  the mends of fastai
-from fastrecipes.arguments import bound
+from fastrecipes.arguments import bound, check_names, check_types
 from fastrecipes.errors import BadName, BadValue, nearest
 
 __all__ = ['STAGES', 'TECHNIQUES', 'RECIPE_PARAMETERS', 'Technique', 'Applied', 'TechniqueCallback', 'technique', 'put', 'say',
@@ -57,8 +57,8 @@ class Technique:
         elif isinstance(value, Mapping): given = dict(value)
         elif not names: raise BadName(f'{self.name}: takes no arguments, only True or False, got {value!r}')
         else: given = {names[0]: value}
-        for name in given:
-            if name not in names: raise BadName(f'{self.name}: no argument {name!r}{nearest(name, names)} It takes {", ".join(names) or "none"}.')
+        check_names(self.name, given, names)
+        check_types(self.f, given, self.name)
         missing = [n for n, p in self.parameters.items() if p.default is p.empty and n not in given]
         if missing: raise BadName(f'{self.name}: needs {", ".join(missing)}: {self.name}=dict({missing[0]}=…) in Python, --{self.name} {missing[0].upper()} at the command line')
         return given

@@ -22,7 +22,7 @@ from fastrecipes.data.loaders import labels_of
 from fastrecipes.errors import BadValue
 from fastrecipes.production.export import activation_of, graph_of, input_contract, labels, served
 from fastrecipes.production.predictor import CARD, MODEL, SCHEMA, Graph, Predictor, batched, pixels_of, sha256
-from fastrecipes.production.timing import interleaved
+from fastrecipes.production.timing import image_times
 from fastrecipes.randomness import default_seed
 from fastrecipes.technique import applied
 
@@ -92,15 +92,15 @@ def write_bundle(learn: Learner, path, *, overwrite: bool = False, accepted: byt
 
         got = Predictor(tmp).probabilities(items)
         parity = _compare(got, expected, items, 'the Learner' if accepted is None else 'the accepted graph')
-        ms, eager_ms, pairs = _latency(Predictor(tmp, threads=1), model)
+        ms, pairs = image_times(dict(bundle=Predictor(tmp, threads=1).run, eager=lambda pixels: model(torch.from_numpy(pixels))), contract['size'])
         size = (tmp/MODEL).stat().st_size
         more = {'compression': compression} if compression else {}
-        _write_card(tmp, card | dict(metrics=_metrics(got, targets), parity=asdict(parity), latency_ms=ms, eager_latency_ms=eager_ms,
+        _write_card(tmp, card | dict(metrics=_metrics(got, targets), parity=asdict(parity), latency_ms=ms['bundle'], eager_latency_ms=ms['eager'],
                                      timing=dict(batch=1, threads=1, pairs=pairs, machine=platform.machine(), cpus=os.cpu_count()),
                                      size_bytes=size, **more, provenance=_provenance(learn)))
         _put_in_place(tmp, path.resolve())
     finally: shutil.rmtree(tmp, ignore_errors=True)
-    return Bundle(path, parity, ms, eager_ms, size)
+    return Bundle(path, parity, ms['bundle'], ms['eager'], size)
 
 
 def _check_target(path: Path, overwrite: bool):
@@ -182,14 +182,6 @@ def _compare(got, expected, items, versus: str) -> Parity:
     worst = items[int((off + differs).argmax())]
     raise BadValue(f'ship: the bundle does not answer as {versus} does, so none was written: {parity}, at most {parity.allowed:g} is allowed '
                    f'(worst: {worst}). Do the validation transforms do more than image_folder\'s, resize, scale and normalise?')
-
-
-def _latency(predictor: Predictor, model) -> tuple[float, float, int]:
-    "Median ms for one image, by the bundle and by eager torch, one thread each; and the number of pairs."
-    w, h = predictor.input['size']
-    pixels = np.random.default_rng(0).integers(0, 256, (1, h, w, 3), dtype=np.uint8)
-    ms, pairs = interleaved(dict(bundle=lambda: predictor.run(pixels), eager=lambda: model(torch.from_numpy(pixels))))
-    return ms['bundle'], ms['eager'], pairs
 
 
 def _metrics(p, y) -> dict:

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 from fastai.basics import Learner, load_learner, nn
-from fastai.vision.all import Normalize
+from fastai.callback.hook import total_params
 from torch.nn import functional as F
 
 from fastrecipes.errors import BadValue, NotThere
 from fastrecipes.objective import Objective, cross_entropy_of, objective
 from fastrecipes.technique import TechniqueCallback, put, say, technique
+from fastrecipes.training.transfer import statistics_of
 
 __all__ = ['Distill', 'Renormalize', 'soft_divergence']
 
@@ -73,7 +74,7 @@ def distill(self: Learner, teacher: Learner | nn.Module | str, T: float = 4., al
     objective(self)
     net = _teacher(self, teacher)
     put(self, Distill(net, T, alpha))
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (net, self.model)]
+    sizes = [total_params(m)[0] for m in (net, self.model)]
     say(self, 'distill', f'a teacher of {sizes[0]:,} parameters for a student of {sizes[1]:,}')
     return self
 
@@ -95,9 +96,3 @@ def _loaded(path: Path) -> Learner:
     file = path/'learner.pkl' if path.is_dir() else path
     if not file.is_file(): raise NotThere(f'distill: no exported Learner {file}; give a run folder, or the file that `learn.export` wrote')
     return load_learner(file)
-
-
-def statistics_of(learn: Learner):
-    "(mean, std) by which a Learner's batches are normalised, or None."
-    norm = next((t for t in getattr(getattr(learn.dls, 'valid', None), 'after_batch', None) or () if isinstance(t, Normalize)), None)
-    return norm and tuple(t.detach().as_subclass(torch.Tensor).cpu().float() for t in (norm.mean, norm.std))

@@ -14,7 +14,7 @@ import torch
 from fastai.basics import Callback, L, Learner, defaults, nn
 from fastai.distributed import rank_distrib
 from fastai.learner import Recorder
-from fastai.vision.all import IntToFloatTensor, Normalize
+from fastai.vision.all import IntToFloatTensor
 from torch.nn import functional as F
 
 from fastrecipes.data.folders import Fit
@@ -22,6 +22,7 @@ from fastrecipes.errors import BadValue
 from fastrecipes.files import whole
 from fastrecipes.objective import cross_entropy_of
 from fastrecipes.technique import Applied
+from fastrecipes.training.transfer import statistics_of
 
 __all__ = ['export_learner', 'Served', 'served', 'activation_of', 'input_contract', 'labels', 'graph_of', 'to_onnx']
 
@@ -74,9 +75,7 @@ class Served(nn.Module):
 
 def served(learn: Learner) -> Served:
     "`learn` as it is served: a copy of its model on the CPU, in 32 bits and evaluation mode; `learn` keeps its device, mode and hooks."
-    norm = next((t for t in learn.dls.valid.after_batch.fs if isinstance(t, Normalize)), None)
-    mean, std = (t.detach().as_subclass(torch.Tensor).cpu().float() for t in (norm.mean, norm.std)) if norm else (None, None)
-    model = Served(deepcopy(learn.model).cpu().float(), activation_of(learn.loss_func), mean, std).eval()
+    model = Served(deepcopy(learn.model).cpu().float(), activation_of(learn.loss_func), *(statistics_of(learn) or (None, None))).eval()
     return model.requires_grad_(False)
 
 

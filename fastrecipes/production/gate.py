@@ -12,7 +12,7 @@ from fastrecipes.errors import BadValue
 from fastrecipes.production.bundle import answers
 from fastrecipes.production.export import graph_of, input_contract, served
 from fastrecipes.production.predictor import Graph
-from fastrecipes.production.timing import interleaved
+from fastrecipes.production.timing import image_times
 from fastrecipes.report import intervals
 from fastrecipes.report.intervals import Difference, Estimate
 from fastrecipes.report.run_folder import GRAPH, STAGES
@@ -110,6 +110,11 @@ class Compressed:
     __repr__ = __str__                           # a notebook shows the table too
 
 
+def costs_too_much(change: Difference | None, tolerance: float) -> bool:
+    "Whether an accuracy fell by more than `tolerance` points."
+    return change is not None and 100*change.value < -tolerance - 1e-9
+
+
 def _share(e) -> str: return f'{e.value:.1%}'.replace('%', ' %') if e else '–'
 
 
@@ -151,7 +156,7 @@ class Gate:
         return Compressed(self.learn, self.graph, stages, self.tolerance, eager, self.quantized)
 
     def _judge(self, change: Difference, size: float, time: float) -> tuple[bool, str]:
-        if 100*change.value < -self.tolerance - 1e-9:
+        if costs_too_much(change, self.tolerance):
             return False, f'{change} on {change.n} validation images, at most −{self.tolerance:g} is allowed'
         gains = [f'{1/r:.1f} times {word}' for r, word in ((size, 'smaller'), (time, 'faster')) if r < LESS]
         if not gains: return False, f'neither smaller nor faster than before ({1/size:.2f} and {1/time:.2f} times)'
@@ -172,9 +177,7 @@ class Gate:
         return {side: answers(run, items, self.contract).argmax(1) for side, (items, _) in self.sides.items()}
 
     def _time(self, graphs: dict, eager: bool = True) -> tuple[dict, float | None]:
-        w, h = self.contract['size']
-        pixels = np.random.default_rng(0).integers(0, 256, (1, h, w, 3), dtype=np.uint8)
-        runs = {name: lambda run=Graph(g, threads=1): run(pixels) for name, g in graphs.items()}
-        if eager: runs['eager'] = lambda: self.eager(torch.from_numpy(pixels))
-        ms, _ = interleaved(runs)
+        runs = {name: Graph(g, threads=1) for name, g in graphs.items()}
+        if eager: runs['eager'] = lambda pixels: self.eager(torch.from_numpy(pixels))
+        ms, _ = image_times(runs, self.contract['size'])
         return ms, ms.pop('eager', None)

@@ -88,10 +88,15 @@ def train(learn: Learner, epochs: int, lr: float | str = 'find', schedule: Sched
     fit(epochs, slice(lr/10, lr/2) if pretrained else lr)
 
 
-def check_recipe(path, arch, epochs, lr, schedule, what: str = 'arch'):
-    "Raise for what can be told wrong before any data are read and any weights fetched. `what`: the argument that `arch` came by."
-    if isinstance(path, (str, Path)): check_root(path)
-    check_arch(arch, what)
+def check_fit(epochs: int, lr: float | str):
+    "Raise for a number of epochs or a rate that cannot be trained with."
     if epochs < 1: raise BadValue(f'epochs: at least 1, got {epochs}')
     if lr != 'find' and (isinstance(lr, str) or not lr > 0): raise BadValue(f"lr: a number above 0, or 'find', got {lr!r}")
+
+
+def check_recipe(path, arch, epochs, lr, schedule):
+    "Raise for what can be told wrong before any data are read and any weights fetched."
+    if isinstance(path, (str, Path)): check_root(path)
+    check_arch(arch)
+    check_fit(epochs, lr)
     if schedule not in get_args(Schedule): raise BadValue(f'schedule: one of {", ".join(get_args(Schedule))}, got {schedule!r}{nearest(schedule, get_args(Schedule))}')

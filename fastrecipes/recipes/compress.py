@@ -4,25 +4,25 @@ from typing import Literal
 
 import numpy as np
 from fastai.basics import Learner, nn
+from fastai.callback.hook import total_params
 
 from fastrecipes.arguments import check_types
 from fastrecipes.data.keyed import keyed
 from fastrecipes.errors import BadValue
-from fastrecipes.production.distillation import statistics_of
 from fastrecipes.production.export import graph_of
 from fastrecipes.production.gate import Candidate, Compressed, Gate
 from fastrecipes.production.predictor import batched, pixels_of
 from fastrecipes.production.quantization import quantize_static, quantized_share
 from fastrecipes.production.slimming import slimmed
 from fastrecipes.randomness import stream
-from fastrecipes.recipes.classify import check_recipe, train
+from fastrecipes.recipes.classify import check_fit, train
 from fastrecipes.recipes.ship import ship
 from fastrecipes.report.evidence import Row, gather, keep_run, score
 from fastrecipes.report.history import history, lines_unless_terminal
 from fastrecipes.report.run_folder import STAGES, RunFolder, load_run
 from fastrecipes.technique import TECHNIQUES, applied
 from fastrecipes.training.reproducibility import seed_everything
-from fastrecipes.training.transfer import Backbone, backbone, classifier, unnormalised
+from fastrecipes.training.transfer import Backbone, backbone, classifier, statistics_of, unnormalised
 
 __all__ = ['compress', 'check_compression', 'Quantize']
 
@@ -58,7 +58,7 @@ def compress(learn: Learner | str, student: str | None = None, *, prune: float |
     check_types(compress, asked)
     prune, quantize = check_compression(prune, quantize, tolerance)
     if not (student or prune or quantize): raise BadValue('compress: student, prune and quantize are all off: nothing to do')
-    if student or prune: check_recipe(None, student or 'resnet18', epochs, lr, 'flat_cos', 'student')
+    if student or prune: check_fit(epochs, lr)
     net = backbone(student, pretrained, 'student') if student else None
     learn = _to_compress(learn, out)
 
@@ -101,7 +101,8 @@ def _distilled(teacher: Learner, net: Backbone, epochs, lr, seed, how) -> Candid
     theirs = statistics_of(teacher)
     same = net.statistics is None or theirs and all(np.allclose(a.flatten(), b) for a, b in zip(theirs, net.statistics))
     student = classifier(teacher.dls if same else unnormalised(teacher.dls), net, metrics=teacher.metrics)
-    if _count(student.model) >= _count(teacher.model): print(f'  {net.arch} is no smaller than what it is to replace: {_size(teacher.model)} → {_size(student.model)} parameters')
+    if total_params(student.model)[0] >= total_params(teacher.model)[0]:
+        print(f'  {net.arch} is no smaller than what it is to replace: {_size(teacher.model)} → {_size(student.model)} parameters')
     _teach(student, teacher, seed, how, net.arch)
     train(student, epochs, lr, pretrained=net.statistics is not None, title='distillation')
     return Candidate(graph_of(student), f'{_size(teacher.model)} → {_size(student.model)} parameters', student)
@@ -133,7 +134,4 @@ def _teach(student: Learner, teacher: Learner, seed, how, title: str):
     student.use(**{**inherited, 'distill': how})
 
 
-def _count(model: nn.Module) -> int: return sum(p.numel() for p in model.parameters())
-
-
-def _size(model: nn.Module) -> str: return f'{_count(model):,}'
+def _size(model: nn.Module) -> str: return f'{total_params(model)[0]:,}'

@@ -5,7 +5,7 @@ from fastai.basics import Learner
 
 from fastrecipes.errors import BadValue
 from fastrecipes.production.bundle import Bundle, write_bundle
-from fastrecipes.production.gate import Compressed
+from fastrecipes.production.gate import Compressed, costs_too_much
 from fastrecipes.report.run_folder import STAGES, load_run
 
 __all__ = ['ship']
@@ -31,6 +31,6 @@ def ship(learn, out: str = 'bundle', *, overwrite: bool = False) -> Bundle:
     if isinstance(learn, Learner): return write_bundle(learn, out, overwrite=overwrite)
     if not isinstance(learn, Compressed): raise BadValue(f'learn: a fitted Learner, what compress gave or a run folder, got {type(learn).__name__}')
 
-    if learn.accepted.change and 100*learn.accepted.change.value < -learn.tolerance - 1e-9:
+    if costs_too_much(learn.accepted.change, learn.tolerance):
         raise BadValue(f'ship: the accepted graph is {learn.accepted.change} from the original on validation images, at most −{learn.tolerance:g} is allowed')
     return write_bundle(learn.learn, out, overwrite=overwrite, accepted=learn.onnx if learn.quantized else None, compression=[s.record() for s in learn.stages])

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from fastrecipes.files import whole
 from fastrecipes.report import plots
 from fastrecipes.report.intervals import Difference
+from fastrecipes.report.plots import field_of
 
 __all__ = ['Report', 'write_page', 'SECTIONS']
 
@@ -73,16 +74,11 @@ def write_page(record: Report, path) -> Path:
                         words=lambda s: str(s).replace('_', ' '))
     html = env.get_template('template.html').render(
         r=record, headline=record.headline or _headline(record), tiles=_tiles(record), figures=_figures(record), facts=_facts(record.provenance),
-        totals={s: sum(_of(c, s, 0) for c in record.data.get('classes', ())) for s in ('train', 'valid', 'test')},
+        totals={s: sum(field_of(c, s, 0) for c in record.data.get('classes', ())) for s in ('train', 'valid', 'test')},
         shown=[(name, title) for name, title, wanted in SECTIONS if wanted(record)], script=Markup(COPY),
         script_hash=base64.b64encode(hashlib.sha256(COPY.encode()).digest()).decode())
     with whole(path) as tmp: tmp.write_text(html, encoding='utf8')
     return path
-
-
-def _of(o, name: str, default=None):
-    "A field of a dict or an object."
-    return o.get(name, default) if isinstance(o, dict) else getattr(o, name, default)
 
 
 def _main(record: Report):
@@ -92,12 +88,12 @@ def _main(record: Report):
 
 def _headline(record: Report) -> str:
     if (row := _main(record)) is None: return record.title
-    a = _of(row, 'accuracy')
+    a = field_of(row, 'accuracy')
     images = f'{a.n} ' if a.n else ''
     which = f'{images}untouched test images' if record.side == 'test' else f'{images}{record.side} images'
     text = f'{a.value:.1%} of {which} classified correctly'.replace('%', ' %', 1)
     if len(record.table) < 2 or not (d := (record.difference or {}).get('accuracy')): return text + '.'
-    other = _of(record.table[0], 'name')
+    other = field_of(record.table[0], 'name')
     if not d.resolved: return f'{text}; too few images to tell it from {other} ({d.value:+.1%}).'.replace('%)', ' points)').replace('-', '−')
     return f'{text}, {abs(100*d.value):.1f} points {"more" if d.value > 0 else "fewer"} than {other}.'
 
@@ -114,11 +110,11 @@ def _tiles(record: Report) -> list[tuple[str, str, str]]:
     tiles = []
     if row := _main(record):
         for name in ('accuracy', 'balanced_accuracy'):
-            if e := _of(row, name): tiles.append((name.replace('_', ' '), f'{100*e.value:.1f}\N{NO-BREAK SPACE}%', f'{100*e.lo:.1f}–{100*e.hi:.1f}'))
+            if e := field_of(row, name): tiles.append((name.replace('_', ' '), f'{100*e.value:.1f}\N{NO-BREAK SPACE}%', f'{100*e.lo:.1f}–{100*e.hi:.1f}'))
     if b := record.bundle:
-        if n := _of(b, 'size_bytes'): tiles.append(('bundle', _size(n), 'to ship'))
-        if t := _of(b, 'latency_ms'):
-            eager = _of(b, 'eager_latency_ms')
+        if n := field_of(b, 'size_bytes'): tiles.append(('bundle', _size(n), 'to ship'))
+        if t := field_of(b, 'latency_ms'):
+            eager = field_of(b, 'eager_latency_ms')
             tiles.append(('one image', f'{_sig(t)}\N{NO-BREAK SPACE}ms', f'{_sig(eager)} ms in torch' if eager else 'without torch'))
     return tiles
 
@@ -128,7 +124,7 @@ def _figures(record: Report) -> dict[str, tuple[Markup, str]]:
     figures = {}
     def add(name, svg, alt):
         if svg: figures[name] = Markup(svg), alt
-    rows = [(_of(r, 'name'), {k.replace('_', ' '): e for k in ('accuracy', 'balanced_accuracy') if (e := _of(r, k))}) for r in record.table]
+    rows = [(field_of(r, 'name'), {k.replace('_', ' '): e for k in ('accuracy', 'balanced_accuracy') if (e := field_of(r, k))}) for r in record.table]
     if any(by_metric for _, by_metric in rows):
         add('intervals', plots.intervals(rows), 'Estimates and 95 % intervals: ' + '; '.join(f'{n}: {k} {e}' for n, m in rows for k, e in m.items()))
     if any(f['rows'] for f in record.fits):
@@ -144,9 +140,9 @@ def _figures(record: Report) -> dict[str, tuple[Markup, str]]:
         right, n = sum(int(matrix[i][i]) for i in range(len(labels))), sum(int(k) for row in matrix for k in row)
         add('confusion', plots.confusion(matrix, labels), f'Confusion matrix of {len(labels)} classes; {right} of {n} on the diagonal')
     if record.compression:
-        stages = [s for s in _of(record.compression, 'stages') if _of(s, 'size_bytes')]
+        stages = [s for s in field_of(record.compression, 'stages') if field_of(s, 'size_bytes')]
         for name, words in (('size_bytes', 'size of the .onnx'), ('latency_ms', 'time for one image')):
-            add(name, plots.tradeoff(stages, name), f'Accuracy against {words} by stage: ' + '; '.join(f'{_of(s, "name")}: {_of(s, name):.4g}' for s in stages))
+            add(name, plots.tradeoff(stages, name), f'Accuracy against {words} by stage: ' + '; '.join(f'{field_of(s, "name")}: {field_of(s, name):.4g}' for s in stages))
     return figures
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
-__all__ = ['losses', 'metrics', 'lr_find', 'schedule', 'confusion', 'intervals', 'tradeoff', 'MOST_COUNTS']
+__all__ = ['losses', 'metrics', 'lr_find', 'schedule', 'confusion', 'intervals', 'tradeoff', 'field_of', 'MOST_COUNTS']
 
 # Stand-ins that become CSS variables; the page gives them the colour-blind safe palette of doi:10.1038/nmeth.1618, lighter where it is dark.
 INK, SOFT, LINE, ON = '#010101', '#020202', '#030303', '#040404'
@@ -27,6 +27,11 @@ STYLE = {'svg.fonttype': 'none', 'font.size': 10, 'text.color': INK, 'text.parse
          'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': LINE, 'grid.linewidth': .6, 'axes.axisbelow': True,
          'xtick.color': LINE, 'ytick.color': LINE, 'xtick.labelcolor': SOFT, 'ytick.labelcolor': SOFT, 'xtick.major.size': 3, 'ytick.major.size': 0,
          'lines.linewidth': 1.8, 'lines.markersize': 4, 'axes.unicode_minus': True}
+
+
+def field_of(o, name: str, default=None):
+    "A field of a dict or an object."
+    return o.get(name, default) if isinstance(o, dict) else getattr(o, name, default)
 
 
 def losses(fits) -> str:
@@ -119,16 +124,15 @@ def intervals(rows) -> str:
 def tradeoff(stages, cost: str) -> str:
     "Accuracy of each stage, with its interval, against what it costs: 'size_bytes' or 'latency_ms'; a hollow mark was rolled back."
     unit, label = {'size_bytes': (1e6, 'size of the .onnx, MB'), 'latency_ms': (1, 'one image on one thread, ms')}[cost]
-    field = lambda s, name: s.get(name) if isinstance(s, dict) else getattr(s, name)
 
     def draw(ax):
         path = []
         for i, s in enumerate(stages):
-            e, x = field(s, 'test') or field(s, 'valid'), field(s, cost)/unit
-            colour, kept = SERIES[i % len(SERIES)], field(s, 'kept')
+            e, x = field_of(s, 'test') or field_of(s, 'valid'), field_of(s, cost)/unit
+            colour, kept = SERIES[i % len(SERIES)], field_of(s, 'kept')
             if kept: path.append((x, 100*e.value))
             ax.errorbar([x], [100*e.value], [[100*(e.value-e.lo)], [100*(e.hi-e.value)]], color=colour, fmt='o', ms=8, lw=1.2, zorder=3,
-                        mfc=colour if kept else 'none', label=_short(field(s, 'name')) + ('' if kept else ' (rolled back)'))
+                        mfc=colour if kept else 'none', label=_short(field_of(s, 'name')) + ('' if kept else ' (rolled back)'))
         ax.plot(*zip(*path), color=SOFT, lw=1, ls=':', zorder=2)
         ax.set(xscale='log', xlabel=label, ylabel='accuracy, %')
         ax.xaxis.set_minor_locator(NullLocator())

