@@ -22,9 +22,11 @@ _batch = None                                   # the (loader, batch number) who
 class KeyedDL(TfmdDL):
     """A `TfmdDL` in which an item's place in the order and its random transforms depend on (seed, epoch, sample) only.
 
-    `sampler.draw(rng)` may give the order instead of a permutation; a sample drawn again in an epoch gets draws of its own."""
-    def __init__(self, dataset=None, bs=64, seed: int | None = None, sampler=None, **kwargs):
+    `sampler.draw(rng)` may give the order instead of a permutation; a sample drawn again in an epoch gets draws of its own. `first`: the
+    batch that the next iteration starts at. `rank`, `world`: which share of each batch of world·bs samples this process takes."""
+    def __init__(self, dataset=None, bs=64, seed: int | None = None, sampler=None, rank: int = 0, world: int = 1, **kwargs):
         self.seed, self.sampler, self.epoch = default_seed() if seed is None else seed, sampler, -1
+        self.first, self.rank, self.world = 0, rank, world
         super().__init__(dataset, bs, **kwargs)
         if sampler is not None: self.n = len(sampler)
 
@@ -46,6 +48,31 @@ class KeyedDL(TfmdDL):
         order = rng.permutation(self.n) if self.sampler is None else self.sampler.draw(rng)
         return _draws(order, len(self.dataset))
 
+    def __len__(self):
+        if self.world == 1: return super().__len__()
+        return self.n//(self.bs*self.world) + (0 if self.drop_last or self.n % (self.bs*self.world) == 0 else 1)
+
+    @property
+    def _DataLoader__idxs(self):
+        "The draws of an iteration; fastai sets them at its start, before workers are made."
+        return self._draws
+
+    @_DataLoader__idxs.setter
+    def _DataLoader__idxs(self, order): self._draws = self._part(list(order)) if self.first or self.world > 1 else order
+
+    def _part(self, order: list) -> list:
+        """Of each batch of world·bs, the share of `rank`: what the ranks take, one behind the other, is the batch of a single process.
+
+        Where the last batch does not divide, the last ranks repeat its last sample: every rank has as many batches, of the same size."""
+        part, whole = [], self.bs*self.world
+        for i in range(self.first*whole, len(order), whole):
+            batch = order[i:i+whole]
+            if len(batch) < whole and self.drop_last: break
+            n = -(-len(batch)//self.world)
+            batch += batch[-1:]*(n*self.world-len(batch))
+            part += batch[self.rank*n:(self.rank+1)*n]
+        return part
+
     def do_item(self, s):
         if not self.shuffle or s is None: return super().do_item(s)
         with forked(self.seed, 'item', self.epoch, int(s)): return super().do_item(int(s) % len(self.dataset))
@@ -56,7 +83,7 @@ class KeyedDL(TfmdDL):
         if not self.shuffle:
             yield from batches
             return
-        for i in count():
+        for i in count(self.first):
             outer, _batch = _batch, (self, i)
             try:
                 with forked(self.seed, 'batch', self.epoch, i): b = next(batches)
@@ -66,7 +93,8 @@ class KeyedDL(TfmdDL):
 
     def draws(self, i: int) -> np.ndarray:
         "The draws (sample + repetition·samples) that make up batch `i` of the iteration that is running."
-        return np.asarray(self._DataLoader__idxs[i*self.bs:(i+1)*self.bs])
+        at = (i-self.first)*self.bs
+        return np.asarray(self._draws[at:at+self.bs])
 
 
 def _draws(order, n: int) -> list[int]:
