@@ -35,7 +35,7 @@ def main(argv=None) -> int:
         sys.stdout.flush()
         return code
     except UserError as e: return _complain(e, 2)
-    except KeyboardInterrupt: return _complain('interrupted', 130)
+    except KeyboardInterrupt as e: return _complain(e if e.args else 'interrupted', 130)
     except BrokenPipeError:                     # `fastrecipes ls | head`: nobody reads on; keep the interpreter's last flush quiet too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

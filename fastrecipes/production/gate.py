@@ -16,6 +16,7 @@ from fastrecipes.production.timing import image_times
 from fastrecipes.report import intervals
 from fastrecipes.report.intervals import Difference, Estimate
 from fastrecipes.report.run_folder import GRAPH, STAGES
+from fastrecipes.training.resume import remember
 
 __all__ = ['Candidate', 'Stage', 'Compressed', 'Gate']
 
@@ -177,7 +178,8 @@ class Gate:
         return {side: answers(run, items, self.contract).argmax(1) for side, (items, _) in self.sides.items()}
 
     def _time(self, graphs: dict, eager: bool = True) -> tuple[dict, float | None]:
+        "Median ms for one image through each graph, and through the original in eager torch; in a run that goes on, what was measured before: it decides."
         runs = {name: Graph(g, threads=1) for name, g in graphs.items()}
         if eager: runs['eager'] = lambda pixels: self.eager(torch.from_numpy(pixels))
-        ms, _ = image_times(runs, self.contract['size'])
+        ms = dict(remember('times of one image', lambda: image_times(runs, self.contract['size'])[0]))
         return ms, ms.pop('eager', None)

@@ -18,6 +18,7 @@ from fastrecipes.report.run_folder import RunFolder
 from fastrecipes.technique import plan
 from fastrecipes.training.finders import find_lr
 from fastrecipes.training.reproducibility import seed_everything
+from fastrecipes.training.resume import remember
 from fastrecipes.training.transfer import backbone, check_arch, classifier
 
 __all__ = ['image_classifier', 'check_recipe', 'Schedule', 'USUAL']
@@ -60,17 +61,17 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
 
     seed_everything(seed)
     dls = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, resize=resize, seed=seed, workers=workers)
-    run = out and RunFolder.open('image-classifier', asked, out, overwrite, defaults=image_classifier)
-    learn = lines_unless_terminal(classifier(dls, net, metrics=[accuracy, BalancedAccuracy()]), arch)
-    keyed(learn, seed)
-    with run.refusable() if run else nullcontext():
+    with RunFolder.open('image-classifier', asked, out, overwrite, defaults=image_classifier).under_way() if out else nullcontext() as run:
+        if run: run.note_data(dls)
+        learn = lines_unless_terminal(classifier(dls, net, metrics=[accuracy, BalancedAccuracy()]), arch)
+        keyed(learn, seed)
         for t, arguments in todo: t.f(learn, **arguments)
 
-    train(learn, epochs, lr, schedule, pretrained)
+        train(learn, epochs, lr, schedule, pretrained)
 
-    if run:
-        scored = score(learn)
-        keep_run(run, learn, gather(learn, run, scored, f'{arch} on {path}', table=[Row.of(arch, scored)]))
+        if run:
+            scored = score(learn)
+            keep_run(run, learn, gather(learn, run, scored, f'{arch} on {path}', table=[Row.of(arch, scored)]))
     return learn
 
 
@@ -78,7 +79,7 @@ def train(learn: Learner, epochs: int, lr: float | str = 'find', schedule: Sched
     "Find a rate if asked, then fit: from scratch all at once; `pretrained`, one epoch of the new head first, then earlier layers at lower rates."
     fit, past = getattr(learn, f'fit_{schedule}'), history(learn)
     if lr == 'find':
-        past.found = find_lr(learn)
+        past.found = remember('learning rate', lambda: find_lr(learn))
         lr = past.found.lr
     if pretrained:
         past.title = 'new head, body frozen'

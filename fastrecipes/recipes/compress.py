@@ -1,4 +1,5 @@
 "From a trained classifier to a small, fast one: distil, prune, quantize, each kept only if it proves itself."
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -62,19 +63,20 @@ def compress(learn: Learner | str, student: str | None = None, *, prune: float |
     net = backbone(student, pretrained, 'student') if student else None
     learn = _to_compress(learn, out)
 
-    run = out and RunFolder.open('compress', asked, out, overwrite, defaults=compress)
-    seed_everything(seed)
-    gate, how = Gate(learn, tolerance), dict(teacher=learn, T=T, alpha=alpha)
-    if student: gate.attempt(f'distil to {student}', lambda: _distilled(learn, net, epochs, lr, seed, how))
-    if prune: gate.attempt(f'prune {prune:.0%}', lambda: _pruned(gate.learn, prune, epochs, lr, seed, how))
-    if quantize: gate.attempt(f'quantize ({quantize})', lambda: _quantized(gate, seed))
-    small = gate.compressed()
+    with RunFolder.open('compress', asked, out, overwrite, defaults=compress).under_way() if out else nullcontext() as run:
+        if run: run.note_data(learn.dls)
+        seed_everything(seed)
+        gate, how = Gate(learn, tolerance), dict(teacher=learn, T=T, alpha=alpha)
+        if student: gate.attempt(f'distil to {student}', lambda: _distilled(learn, net, epochs, lr, seed, how))
+        if prune: gate.attempt(f'prune {prune:.0%}', lambda: _pruned(gate.learn, prune, epochs, lr, seed, how))
+        if quantize: gate.attempt(f'quantize ({quantize})', lambda: _quantized(gate, seed))
+        small = gate.compressed()
 
-    if run:
-        bundle = ship(small, run.path/'bundle', overwrite=True)
-        rows = [Row(s.name, s.test or s.valid, s.balanced) for s in dict.fromkeys((small.original, small.accepted))]
-        keep_run(run, small.learn, gather(small.learn, run, scored := score(small.learn), f'{Path(str(asked["learn"])).name}, compressed', table=rows,
-                                          side=scored.side, bundle=bundle, compression=small))
+        if run:
+            bundle = ship(small, run.path/'bundle', overwrite=True)
+            rows = [Row(s.name, s.test or s.valid, s.balanced) for s in dict.fromkeys((small.original, small.accepted))]
+            keep_run(run, small.learn, gather(small.learn, run, scored := score(small.learn), f'{Path(str(asked["learn"])).name}, compressed', table=rows,
+                                              side=scored.side, bundle=bundle, compression=small))
     return small
 
 

@@ -1,5 +1,4 @@
 "From a folder of images to a trained, verified, shipped model with a report that compares it with plain fastai."
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,31 +90,29 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
     seed_everything(seed)
     data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, resize=resize, seed=seed, workers=workers)
     if not hasattr(data, 'holdings'): raise BadValue('path: pipeline ships what reads image files; give a folder, or DataLoaders made by image_folder')
-    run = RunFolder.open('pipeline', asked, out, overwrite, defaults=pipeline)
-    run.note(fingerprint=data.holdings.fingerprint)
-
-    started = time.monotonic()
-    with run.refusable():
+    with RunFolder.open('pipeline', asked, out, overwrite, defaults=pipeline).under_way() as run:
+        run.note_data(data)
         learn = image_classifier(data, arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule, seed=seed, **techniques)
-    scored = score(learn)
-    rows, plain = [Row.of('recipe', scored, time.monotonic()-started)], None
-    if baseline:
-        started = time.monotonic()
-        plain = score(plain_fastai(data, arch, epochs, pretrained, seed))
-        rows.insert(0, Row.of('plain fastai', plain, time.monotonic()-started))
+        scored = score(learn)
+        rows, plain = [Row.of('recipe', scored, history(learn).seconds)], None
+        if baseline:
+            usual = plain_fastai(data, arch, epochs, pretrained, seed)
+            plain = score(usual)
+            rows.insert(0, Row.of('plain fastai', plain, history(usual).seconds))
 
-    small = None
-    if student or prune or quantize:
-        found = history(learn).found                # one search: students train at the rate that was found for the network they replace
-        small = compress(learn, student, prune=prune, quantize=quantize, tolerance=tolerance, epochs=compress_epochs or epochs,
-                         lr=found.lr if found else lr, pretrained=pretrained, seed=seed)
-    bundle = ship(small or learn, run.path/'bundle', overwrite=True)
-    items = learn.dls.loaders[held_out(learn.dls)[0]].items
-    served = Scored(bundle.predictor().probabilities(list(items)), scored.targets, scored.side)
-    rows.append(Row.of('bundle', served))
+        small = None
+        if student or prune or quantize:
+            found = history(learn).found            # one search: students train at the rate that was found for the network they replace
+            small = compress(learn, student, prune=prune, quantize=quantize, tolerance=tolerance, epochs=compress_epochs or epochs,
+                             lr=found.lr if found else lr, pretrained=pretrained, seed=seed)
+        bundle = ship(small or learn, run.path/'bundle', overwrite=True)
+        items = learn.dls.loaders[held_out(learn.dls)[0]].items
+        served = Scored(bundle.predictor().probabilities(list(items)), scored.targets, scored.side)
+        rows.append(Row.of('bundle', served))
 
-    keep_run(run, small.learn if small else learn, gather(learn, run, scored, f'{arch} on {Path(run.arguments["path"]).name}', table=rows, side=scored.side,
-                                bundle=bundle, compression=small, difference=plain and differences(scored, plain)))
+        keep_run(run, small.learn if small else learn,
+                 gather(learn, run, scored, f'{arch} on {Path(run.arguments["path"]).name}', table=rows, side=scored.side,
+                        bundle=bundle, compression=small, difference=plain and differences(scored, plain)))
     return Shipped(run.path, learn, bundle, rows, _example(bundle, items[0]), small)
 
 
@@ -124,6 +121,7 @@ def plain_fastai(dls, arch: str, epochs: int, pretrained: bool = True, seed: int
     seed_everything(seed)
     if isinstance(dls.train, KeyedDL): dls.train.set_epoch(0)       # its order must not depend on who used these loaders before
     learn = lines_unless_terminal(classifier(dls, backbone(arch, pretrained), metrics=[accuracy, BalancedAccuracy()], head=None), 'plain fastai')
+    history(learn)
     learn.fine_tune(epochs) if pretrained else learn.fit_one_cycle(epochs)
     return learn
 

@@ -1,27 +1,37 @@
 "What happened in each fit of a Learner, kept for the report; and progress that reads well in a log."
 import sys
+import time
 
 from fastai.basics import Callback, Learner
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder
 
+from fastrecipes.repairs import fitting
+
 __all__ = ['History', 'history', 'Lines', 'lines_unless_terminal']
 
 
 class History(Callback):
-    "Copy the Recorder's rows, rates and losses after each fit; `lr_find` is not a fit."
-    order = 70                                   # after the Recorder and whoever judges its rows
+    "Copy the Recorder's rows, rates and losses after each fit, and add up the seconds that fits took; `lr_find` is not a fit."
+    order, transient = 70, ('since',)            # after the Recorder and whoever judges its rows; a clock means nothing to a run that goes on
 
-    def __init__(self): self.fits, self.title, self.found = [], 'training', None
+    def __init__(self): self.fits, self.title, self.found, self.seconds, self.since = [], 'training', None, 0., None
 
     @property
     def name(self): return 'history_cb'
 
+    def before_fit(self): self.since = time.monotonic() if fitting(self.learn) and not any(isinstance(cb, LRFinder) for cb in self.learn.cbs) else None
+
+    def after_batch(self):
+        if self.since is not None: self.seconds, self.since = self.seconds + time.monotonic() - self.since, time.monotonic()
+
     def after_fit(self):
         r = self.learn.recorder
-        if not r.losses or any(isinstance(cb, LRFinder) for cb in self.learn.cbs): return   # `validate()` comes here too, with nothing trained
+        if self.since is None or not r.losses: return               # `validate()` comes here too, with nothing trained
         self.fits.append(dict(name=self.title, columns=list(r.metric_names[1:-1]), rows=[[float(v) for v in row] for row in r.values],
                               rates=[float(v) for v in r.lrs], losses=[float(v) for v in r.losses]))
+        self.after_batch()
+        self.since = None
 
 
 def history(learn: Learner) -> History:

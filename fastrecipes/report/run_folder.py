@@ -16,12 +16,12 @@ import yaml
 
 from fastrecipes import __version__
 from fastrecipes.errors import BadValue, NotThere, UserError
-from fastrecipes.files import whole
+from fastrecipes.files import whole, writes
 
 __all__ = ['RunFolder', 'load_run', 'command_line']
 
-RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH = 'recipe.yaml', 'provenance.json', 'learner.pkl', 'compressed.json', 'compressed.onnx'
-OURS = (RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, 'history.csv', 'report.html', 'checkpoint/*.pt', 'checkpoint/*.pth', 'checkpoint/*.json',     # all that
+RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, CHECKPOINT = 'recipe.yaml', 'provenance.json', 'learner.pkl', 'compressed.json', 'compressed.onnx', 'checkpoint'
+OURS = (RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, 'history.csv', 'report.html', f'{CHECKPOINT}/*.pt',                         # all that
         'bundle/model.onnx', 'bundle/bundle.json', 'bundle/requirements.txt', 'bundle/serve.pyz', 'bundle/Dockerfile')           # overwrite removes
 PACKAGES = ('torch', 'torchvision', 'fastai', 'timm', 'onnxruntime', 'onnx', 'numpy', 'pillow')
 POSITIONAL = ('path', 'learn', 'run', 'bundle')
@@ -38,16 +38,18 @@ class RunFolder:
 
         `arguments`: those of the recipe, its `techniques` nested or not; `out` and `overwrite` stay out of recipe.yaml. `defaults`: the
         recipe's function, whose defaults are then left out of `.command`. `command`: what was typed, as one string. An unfinished run of
-        the same recipe and arguments is started again in place. Raises `ValueError`: `out` is a file, or a folder with other things in
-        it; it holds a finished run, or one with other arguments, and not `overwrite`."""
+        the same recipe and arguments is gone on with. Raises `ValueError`: `out` is a file, or a folder with other things in
+        it; it holds a finished run, or one with other arguments, and not `overwrite`. Of several processes the first alone writes."""
         arguments = _plain_arguments(arguments)
         path = Path(out) if out else _fresh(Path('runs'), recipe)
-        _take(path, recipe, arguments, overwrite)
-        try: path.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise BadValue(f'out: {path} cannot be created: {e.strerror.lower()}') from e
+        provenance = _provenance(recipe, arguments)
+        if writes():
+            provenance |= _take(path, recipe, arguments, overwrite)
+            try: path.mkdir(parents=True, exist_ok=True)
+            except OSError as e: raise BadValue(f'out: {path} cannot be created: {e.strerror.lower()}') from e
         usual = {k: p.default for k, p in inspect.signature(defaults).parameters.items()} if defaults else {}
         shown = {k: v for k, v in arguments.items() if k not in usual or v != _plain(usual[k])}
-        run = cls(path, recipe, arguments, _provenance(recipe, arguments), shown)
+        run = cls(path, recipe, arguments, provenance, shown)
         run.note(command=command or run.command)    # provenance first: by it a folder is known as ours
         run.write_text(RECIPE, yaml.safe_dump(arguments, sort_keys=False, allow_unicode=True))
         return run
@@ -62,15 +64,32 @@ class RunFolder:
         self.provenance |= facts
         self.write_json(PROVENANCE, self.provenance)
 
+    def note_data(self, dls):
+        "Note the fingerprint of the images. Raises `ValueError` where a run that goes on began with others."
+        now, before = getattr(getattr(dls, 'holdings', None), 'fingerprint', None), self.provenance['fingerprint']
+        if before and before != now: raise BadValue(f'path: the images have changed since the run in {self.path} began; add --overwrite to begin again')
+        self.note(fingerprint=now)
+
     @contextmanager
-    def refusable(self):
-        "A block that a user's mistake may end: a folder in which nothing has happened yet then goes again."
-        try: yield
+    def under_way(self):
+        """A block that can be killed at any moment: the same recipe with the same `out` goes on from its last checkpoint. Ctrl-C says so.
+
+        A user's mistake ends it, too; a folder in which nothing has happened yet then goes again."""
+        from fastrecipes.training.resume import resumable
+        try:
+            with resumable(self.path/CHECKPOINT): yield self
         except UserError:
-            if {p.name for p in self.path.iterdir()} <= {RECIPE, PROVENANCE}:
+            if writes() and {p.name for p in self.path.iterdir()} <= {RECIPE, PROVENANCE}:
                 for p in self.path.iterdir(): p.unlink()
                 self.path.rmdir()
             raise
+        except KeyboardInterrupt: raise KeyboardInterrupt(f'interrupted; to go on: {self.way_on}') from None
+
+    @property
+    def way_on(self) -> str:
+        "The command that goes on with this run, or, where its data were given in Python, what to do there."
+        if any(str(v).startswith('<') for v in self.shown.values()): return f'call {self.recipe.replace("-", "_")} again with the same arguments and out={str(self.path)!r}'
+        return command_line(self.recipe, self.shown | dict(out=str(self.path)))
 
     def finish(self, **facts):
         "Say that the run came to its end; the last thing that is written."
@@ -130,10 +149,10 @@ def _fresh(root: Path, recipe: str) -> Path:
     return next(p for i in range(1, 10**6) if not (p := root/(name if i == 1 else f'{name}-{i}')).exists())
 
 
-def _take(path: Path, recipe: str, arguments: dict, overwrite: bool):
-    "Raise where `path` holds what must stay; clear it where it may go; say so where it is started again."
+def _take(path: Path, recipe: str, arguments: dict, overwrite: bool) -> dict:
+    "Raise where `path` holds what must stay; clear it where it may go; where a run is gone on with, say so and give what is known of its beginning."
     if path.exists() and not path.is_dir(): raise BadValue(f'out: {path} is a file; name a folder')
-    if not path.is_dir() or all(_temporary(p) for p in path.iterdir()): return
+    if not path.is_dir() or all(_temporary(p) for p in path.iterdir()): return {}
     found = _read(path/PROVENANCE)
     if 'recipe' not in found: raise BadValue(f'out: {path} holds files that are no run of ours; name a new or an empty folder')
     if overwrite: return _clear(path)
@@ -142,7 +161,12 @@ def _take(path: Path, recipe: str, arguments: dict, overwrite: bool):
     if differs := _differences(found['recipe'], there, recipe, arguments):
         raise BadValue(f'out: {path} holds a run of another recipe ({differs}); {way_out}')
     if found.get('finished'): raise BadValue(f'out: {path} holds a finished run of this recipe; {way_out}')
-    print(f'{path} holds an unfinished run of this recipe: starting it again', flush=True)
+    started = any((path/CHECKPOINT).glob('*.pt'))
+    print(f'{path} holds an unfinished run of this recipe: {"going on from its last checkpoint" if started else "starting it again"}', flush=True)
+    then, now = found.get('versions', {}), _versions()
+    if started and (other := [f'{p} {then.get(p)}, now {v}' for p, v in now.items() if v != then.get(p)]):
+        print(f'  it began with {"; ".join(other)}: the rest may differ in the last digits', flush=True)
+    return {k: found[k] for k in ('fingerprint', 'started_at') if k in found} | dict(went_on_at=[*found.get('went_on_at', []), _now()])
 
 
 def _differences(recipe_there, there: dict, recipe: str, here: dict) -> str:
@@ -150,7 +174,7 @@ def _differences(recipe_there, there: dict, recipe: str, here: dict) -> str:
     return ', '.join(f'{k}: {there.get(k)!r} there, {here.get(k)!r} here' for k in dict.fromkeys([*there, *here]) if there.get(k) != here.get(k))
 
 
-def _clear(path: Path):
+def _clear(path: Path) -> dict:
     "Remove the files that runs write, and folders of theirs that are empty then; what else lies there stays."
     for pattern in OURS:
         for p in path.glob(pattern):
@@ -159,6 +183,7 @@ def _clear(path: Path):
         if _temporary(p): p.unlink()
     for name in {Path(o).parts[0] for o in OURS if '/' in o}:
         if (d := path/name).is_dir() and not d.is_symlink() and not any(d.iterdir()): d.rmdir()
+    return {}
 
 
 def _temporary(p: Path) -> bool:
@@ -177,12 +202,15 @@ def _read(file: Path) -> dict:
 def _now() -> str: return datetime.now().astimezone().isoformat(timespec='seconds')
 
 
-def _provenance(recipe: str, arguments: dict) -> dict:
+def _versions() -> dict:
     def installed(name):
         try: return version(name)
         except PackageNotFoundError: return None
-    return dict(recipe=recipe, seed=arguments.get('seed'), fingerprint=None,
-                versions=dict(fastrecipes=__version__, python=platform.python_version(), **{p: installed(p) for p in PACKAGES}),
+    return dict(fastrecipes=__version__, python=platform.python_version(), **{p: installed(p) for p in PACKAGES})
+
+
+def _provenance(recipe: str, arguments: dict) -> dict:
+    return dict(recipe=recipe, seed=arguments.get('seed'), fingerprint=None, versions=_versions(),
                 platform=platform.platform(), cpus=os.cpu_count(), cwd=os.getcwd(), started_at=_now(), finished_at=None, finished=False)
 
 
