@@ -29,10 +29,14 @@ from fastrecipes.recipes.ship import *
 from fastrecipes.report.page import *
 from fastrecipes.report.run_folder import *
 from fastrecipes.technique import *
+from fastrecipes.training.accumulation import *
+from fastrecipes.training.distributed import *
 from fastrecipes.training.finders import *
 from fastrecipes.training.parallel import *
 from fastrecipes.training.precision import *
+from fastrecipes.training.preflight import *
 from fastrecipes.training.reproducibility import *
+from fastrecipes.training.resume import *
 from fastrecipes.training.stopping import *
 from fastrecipes.training.transfer import *
 

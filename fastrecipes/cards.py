@@ -1,46 +1,86 @@
-"`fastrecipes ls`: the techniques there are, and all that is known of one."
+"`fastrecipes ls`: the techniques there are, all that is known of one, and which go together."
 import inspect
 import json as jsonlib
 import re
-from itertools import groupby
+from itertools import chain, combinations, groupby, repeat
+from string import ascii_letters
+from textwrap import fill
 
 from fastrecipes.errors import BadName, nearest
 from fastrecipes.flags import flags_of, section_of
 from fastrecipes.technique import STAGES, Technique, discover
 
-__all__ = ['ls', 'card', 'listing', 'record']
+__all__ = ['ls', 'card', 'company', 'composition', 'listing', 'pairs', 'record']
 
 
-def ls(name: str | None = None, *, json: bool = False) -> None:
-    """List the techniques, or tell all about one.
+def ls(name: str | None = None, *, matrix: bool = False, json: bool = False) -> None:
+    """List the techniques, tell all about one, or show which go together.
 
     Args:
         name: a technique
+        matrix: show which techniques go together, and say why others do not
         json: print records instead of text
     """
     techniques = discover()
     if name is not None and name not in techniques:
         found = nearest(name, techniques) or ';'
         raise BadName(f'ls: no technique named {name!r}{found} `fastrecipes ls` lists the {len(techniques)} there are')
-    if json:
-        records = record(techniques[name]) if name else [record(t) for t in techniques.values()]
-        return print(jsonlib.dumps(records, indent=2, ensure_ascii=False, default=str))
-    print(card(techniques[name]) if name else listing(techniques.values()))
+    if matrix: records = pairs(techniques.values(), name)
+    else: records = record(techniques[name]) if name else [record(t) for t in techniques.values()]
+    if json: print(jsonlib.dumps(records, indent=2, ensure_ascii=False, default=str))
+    elif matrix: print(company(techniques[name], techniques.values()) if name else composition(techniques.values()))
+    else: print(card(techniques[name]) if name else listing(techniques.values()))
 
 
 def listing(techniques) -> str:
     "One line each, by section, sections in the order of their stages: call, stage, what it does."
-    first = {}
-    for t in techniques: first[section_of(t)] = min(first.get(section_of(t), len(STAGES)), STAGES.index(t.stage))
-    techniques = sorted(techniques, key=lambda t: (first[section_of(t)], section_of(t), t.name))
     width, lines = 46, []                       # a longer call has a line of its own
-    for section, group in groupby(techniques, section_of):
+    for section, group in groupby(_in_order(techniques), section_of):
         lines.append(section)
         for t in group:
             call = f'  {_call(t):{width}}'
             lines += [f'{call}  {t.stage:5}  {t.summary}'] if len(call) == width+2 else [call, f'  {"":{width}}  {t.stage:5}  {t.summary}']
         lines.append('')
     return '\n'.join([*lines, '`fastrecipes ls NAME` tells all about one.'])
+
+
+def pairs(techniques, name: str | None = None) -> list[dict]:
+    "Every two techniques, or those with `name`: whether they go together, and the sentence that says why not."
+    return [dict(techniques=[a.name, b.name], together=why is None, why=why) for a, b in combinations(_in_order(techniques), 2)
+            if name in (None, a.name, b.name) for why in [a.refuses.get(b.name) or b.refuses.get(a.name)]]
+
+
+def composition(techniques) -> str:
+    "Which techniques go together: a table with a letter for each sentence that says why not, and the sentences."
+    ordered = _in_order(techniques)
+    refused = {frozenset(p['techniques']): p['why'] for p in pairs(ordered) if not p['together']}
+    marks = dict(zip(dict.fromkeys(refused.values()), chain(ascii_letters, repeat('#'))))
+    width, numbers = max(len(t.name) for t in ordered), range(1, len(ordered)+1)
+    lines = [' '*(width+4) + ' '.join(digits) for digits in zip(*(f'{i:2}' for i in numbers))]
+    for i, a in zip(numbers, ordered):
+        cells = (' ' if a is b else marks.get(refused.get(frozenset((a.name, b.name))), '·') for b in ordered)
+        lines.append(f'{a.name:{width}} {i:2} {" ".join(cells)}')
+    lines += ['', '· they go together, in whatever order they are given' + ('; elsewhere they are refused before any work:' if refused else '')]
+    for why, mark in marks.items():
+        who = ', '.join(' + '.join(t.name for t in ordered if t.name in names) for names, w in refused.items() if w == why)
+        lines.append(fill(f'{mark} {who}: {why}', 100, subsequent_indent='  '))
+    return '\n'.join(line.rstrip() for line in lines)
+
+
+def company(t: Technique, techniques) -> str:
+    "The row of `t` in words: what it goes together with, and what not, and why."
+    others = {next(n for n in p['techniques'] if n != t.name): p['why'] for p in pairs(techniques, t.name)}
+    together = [n for n, why in others.items() if why is None]
+    lines = [f'{t.name} does not go together with {n}: {why}' for n, why in others.items() if why]
+    lines.append(f'{t.name} goes together with {"every other technique" if not lines else "all others" if together else "no other"}: {", ".join(together)}')
+    return '\n'.join(fill(line, 100, subsequent_indent='  ') for line in lines)
+
+
+def _in_order(techniques) -> list[Technique]:
+    "By section, sections in the order of their stages."
+    first = {}
+    for t in techniques: first[section_of(t)] = min(first.get(section_of(t), len(STAGES)), STAGES.index(t.stage))
+    return sorted(techniques, key=lambda t: (first[section_of(t)], section_of(t), t.name))
 
 
 def card(t: Technique) -> str:

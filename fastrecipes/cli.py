@@ -8,9 +8,12 @@ import time
 import warnings
 from importlib import import_module
 from pathlib import Path
+from signal import SIGINT, SIGTERM, raise_signal, signal
+from threading import current_thread, main_thread
 
 from fastrecipes import __version__
 from fastrecipes.errors import BadName, BadValue, UserError, nearest
+from fastrecipes.files import writes
 
 __all__ = ['COMMANDS', 'main', 'predict']
 
@@ -28,6 +31,7 @@ COMMANDS = {
 def main(argv=None) -> int:
     "Run one command; return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C. Our own bugs keep their traceback."
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')     # torch's threads spin while they wait: beside other work on the same cores, 30 times slower
+    if current_thread() is main_thread(): signal(SIGTERM, lambda *_: raise_signal(SIGINT))     # what a scheduler sends ends a run as Ctrl-C does
     try:
         with warnings.catch_warnings():
             for category in (FutureWarning, DeprecationWarning): warnings.simplefilter('ignore', category)   # torch and fastai, at import
@@ -73,7 +77,7 @@ def _function(target: str):
 def _show(result, out) -> int:
     "Print what a command returned, or where it left its files; an int is its exit code."
     if isinstance(result, int): return result
-    if result is None: return 0
+    if result is None or not writes(): return 0
     if type(result).__str__ is not object.__str__ or type(result).__repr__ is not object.__repr__: print(result)
     elif out: print(f'run folder: {out}')
     return 0

@@ -1,49 +1,28 @@
 """The training loss, composed: smoothing, class weights and mixed targets meet in one callback, which computes the loss anew after fastai did.
 
 `learn.loss_func` is never swapped, so validation, `get_preds` and `export` see the data's own loss, also when a fit dies half way."""
-from dataclasses import dataclass
-from functools import partial
+from inspect import signature
 
 import torch
-from fastai.basics import BaseLoss, Learner, LabelSmoothingCrossEntropy, nn
+from fastai.basics import Learner, find_bs
 from fastai.callback.training import GradientAccumulation
 from fastai.layers import NoneReduce
-from torch.nn import functional as F
+from torch import distributed
 
 from fastrecipes.errors import BadValue
-from fastrecipes.losses.classification import soft_cross_entropy, soft_targets
+from fastrecipes.losses.classification import CrossEntropy, cross_entropy_of, soft_cross_entropy, soft_targets
 from fastrecipes.technique import TechniqueCallback
 
-__all__ = ['Objective', 'objective', 'CrossEntropy', 'cross_entropy_of']
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    "What a cross-entropy loss, however it is spelt, was told: all that is needed to compute it against soft targets."
-    weight: torch.Tensor | None = None
-    smoothing: float = 0.
-    ignore_index: int = -100
-    reduction: str = 'mean'
-    axis: int = 1
-
-
-def cross_entropy_of(loss_func) -> CrossEntropy | None:
-    "The settings of `loss_func` if it is fastai's or torch's cross entropy; None for any other loss."
-    axis, f = (loss_func.axis, loss_func.func) if isinstance(loss_func, BaseLoss) else (1, loss_func)
-    if isinstance(f, nn.CrossEntropyLoss): return CrossEntropy(f.weight, f.label_smoothing, f.ignore_index, f.reduction, axis)
-    if isinstance(f, LabelSmoothingCrossEntropy): return CrossEntropy(f.weight, f.eps, reduction=f.reduction, axis=axis)
-    kw = {}
-    if isinstance(f, partial) and not f.args: f, kw = f.func, f.keywords
-    if f is F.cross_entropy:
-        return CrossEntropy(kw.get('weight'), kw.get('label_smoothing', 0.), kw.get('ignore_index', -100), kw.get('reduction', 'mean'))
-    return None
+__all__ = ['Objective', 'check_mixable', 'mean_over_processes', 'objective', 'CrossEntropy', 'cross_entropy_of']
 
 
 class Objective(TechniqueCallback):
     "Replace `loss_grad` and `loss` after the forward pass by the loss that the techniques ask for; training only."
     order, run_valid = GradientAccumulation.order-2, False      # before penalties, before the scaling by accumulation and fp16
 
-    def __init__(self): self.smoothing = self.class_weight = self.partner = self.share = None
+    def __init__(self):
+        self.smoothing = self.class_weight = self.partner = self.share = None
+        self.distributed = False                # whether other processes hold the rest of each batch
 
     def before_batch(self): self.partner = self.share = None    # what an interrupted batch may have left
 
@@ -51,11 +30,17 @@ class Objective(TechniqueCallback):
         "Say that sample i of this batch is `share[i]` itself and the rest sample `partner[i]`."
         self.partner, self.share = partner, share
 
+    @property
+    def acts(self) -> bool:
+        "Whether the loss of the batch in hand is computed anew."
+        return self.smoothing is not None or self.class_weight is not None or self.share is not None
+
     def after_loss(self):
         if not self.learn.training or not len(self.learn.yb): return
-        if self.smoothing is None and self.class_weight is None and self.share is None: return
-        loss = self.of(self.learn.pred, *self.learn.yb)
-        self.learn.loss_grad, self.learn.loss = loss, loss.clone()
+        loss = self.of(self.learn.pred, *self.learn.yb) if self.acts else self.learn.loss_grad
+        if self.distributed and cross_entropy_of(self.learn.loss_func) and (own := self._denominator()) is not None:
+            loss = loss*(own/self.denominator()) if own else self.learn.pred.sum()*0.      # gradients are averaged: Σwl/Σw over all processes comes out
+        if loss is not self.learn.loss_grad: self.learn.loss_grad, self.learn.loss = loss, loss.clone()
 
     def of(self, pred, *yb):
         "The loss that is differentiated for predictions `pred` and the data's own targets `yb`."
@@ -64,13 +49,38 @@ class Objective(TechniqueCallback):
         others = tuple(y[self.partner] for y in yb)
         if all(y.is_floating_point() for y in yb):
             return self.learn.loss_func(pred, *(torch.lerp(o, y, _like(self.share, y)) for o, y in zip(others, yb)))
-        try:
-            with NoneReduce(self.learn.loss_func) as each: mine, theirs = each(pred, *yb), each(pred, *others)
-        except TypeError as e:
-            raise BadValue(f'mixup: cannot mix the targets of {self.learn.loss_func}: it has no per-sample form (reduction) ({e})') from None
+        with NoneReduce(self.learn.loss_func) as each: mine, theirs = each(pred, *yb), each(pred, *others)
         mine, theirs = (v.view(len(self.share), -1).mean(1) for v in (mine, theirs))
         mixed = torch.lerp(theirs, mine, self.share.to(mine))
         return mixed.sum() if getattr(self.learn.loss_func, 'reduction', 'mean') == 'sum' else mixed.mean()
+
+    def count(self) -> int:
+        "The number of targets in the batch in hand: samples, pixels, or samples times outputs."
+        y = self.learn.yb[0]
+        return y.numel() if isinstance(y, torch.Tensor) else find_bs(self.learn.yb)
+
+    def denominator(self) -> float | None:
+        """What the loss of the batch in hand is a mean over: Σw of its targets, their number where all count alike; None for a sum.
+
+        Where several processes share a batch, the mean of theirs."""
+        own = self._denominator()
+        return mean_over_processes(own, self.learn.pred.device) if own is not None and self.distributed else own
+
+    def _denominator(self) -> float | None:
+        f = self.learn.loss_func
+        ce, y = cross_entropy_of(f), self.learn.yb[0]
+        if (ce.reduction if ce else getattr(f, 'reduction', None) or getattr(f, 'keywords', {}).get('reduction')) == 'sum': return None
+        if ce is None: return self.count()
+        weight = ce.weight if self.class_weight is None else self.class_weight
+        if y.is_floating_point():
+            soft = y.movedim(ce.axis, -1)
+            if not self.acts: return soft[..., 0].numel()            # torch takes the plain mean over rows of probabilities
+            w = (soft if weight is None else soft*weight.to(soft)).sum(-1)
+        else:
+            kept = y != ce.ignore_index
+            w = kept.float() if weight is None else weight.to(y.device)[torch.where(kept, y, 0).long()]*kept
+        if self.share is not None: w = torch.lerp(w[self.partner], w, _like(self.share, w))
+        return float(w.sum())
 
     def _cross_entropy(self, ce: CrossEntropy, pred, target):
         logits = pred.movedim(ce.axis, -1)
@@ -81,6 +91,18 @@ class Objective(TechniqueCallback):
         weight = ce.weight if self.class_weight is None else self.class_weight
         smoothing = ce.smoothing if self.smoothing is None else self.smoothing
         return soft_cross_entropy(logits.reshape(-1, c), soft.reshape(-1, c), weight, smoothing, ce.reduction)
+
+
+def check_mixable(who: str, loss_func, yb):
+    "Raise, in the name of `who`, where targets like `yb` can be mixed neither themselves nor in the loss of each sample."
+    if cross_entropy_of(loss_func) or all(y.is_floating_point() for y in yb) or hasattr(loss_func, 'reduction') or 'reduction' in signature(loss_func).parameters: return
+    raise BadValue(f'{who}: cannot mix the targets of {loss_func}, which are classes, for it has no per-sample form; give it an argument reduction, as the losses of torch have')
+
+
+def mean_over_processes(x: float, device) -> float:
+    "The mean of `x` over the processes that train together."
+    distributed.all_reduce(t := torch.tensor(x, dtype=torch.float64, device=device))
+    return float(t)/distributed.get_world_size()
 
 
 def _like(share, x): return share.to(x.device, x.dtype).view(-1, *[1]*(x.ndim-1))

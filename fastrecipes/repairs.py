@@ -1,9 +1,19 @@
 "Narrow mends of fastai itself, each with the defect it mends; `FASTRECIPES_REPAIRS=0` leaves fastai as it is."
 import os
+from functools import partial
 
+import cloudpickle
 import numpy as np
-from fastai.basics import CancelEpochException, L, Learner, noop, patch
-from fastai.callback.schedule import ParamScheduler, combined_cos
+import torch
+from fastai.basics import AvgLoss, Callback, CancelEpochException, L, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, Recorder, noop, patch
+from fastai.callback.mixup import MixHandler
+from fastai.callback.schedule import LRFinder, ParamScheduler, SuggestionMethod, combined_cos
+from fastai.callback.tracker import SaveModelCallback, TrackerCallback
+from torch import nn
+from torch.nn import functional as F
+
+from fastrecipes.errors import BadValue, nearest
+from fastrecipes.losses.classification import cross_entropy_of
 
 __all__ = ['REPAIRS', 'fitting']
 REPAIRS = os.environ.get('FASTRECIPES_REPAIRS', '1') != '0'
@@ -47,12 +57,105 @@ if REPAIRS:
         self.fit(n_epoch, cbs=ParamScheduler(scheds)+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
 
     @patch
+    def lr_find(self: Learner, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plot=True, suggest_funcs=(SuggestionMethod.Valley)):
+        """Raise the rate from `start_lr` to `end_lr` over `num_it` batches, undo it, and suggest rates by `suggest_funcs`.
+
+        fastai 2.8.12 does not look whether any loss is left to read a rate from, and raises about an index."""
+        try: return self._orig_lr_find(start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs)
+        except IndexError:
+            losses = [float(v) for v in self.recorder.losses]
+            if losses[num_it//10:-5] and losses[num_it//10] == losses[num_it//10]: raise
+            nan = next((f'it is not a number from batch {i} on; look at the data' for i, v in enumerate(losses) if v != v), 'it rose at once; lower start_lr')
+            raise BadValue(f'lr_find: no rate can be told from the loss of {len(losses)} batches: {nan}') from None
+
+    @patch
     def _with_events(self: Learner, f, event_type, ex, final=noop):
         """Run `f` between the events before_ and after_`event_type`; where an exception ends it, give each callback's `abort` a turn.
 
-        fastai 2.8.12 calls nothing then: what a callback lent for a batch or a fit (autocast, a wrapped model) would stay for good."""
+        fastai 2.8.12 calls nothing then: what a callback lent for a batch or a fit (autocast, a wrapped model) would stay for good. An
+        `abort` may return an exception that says better what happened: it is raised instead, once all have had their turn."""
         try: self._orig__with_events(f, event_type, ex, final)
-        except BaseException:
-            for cb in self.cbs.sorted('order'):
-                if abort := getattr(type(cb), 'abort', None): abort(cb, event_type)
+        except BaseException as e:
+            aborts = [(cb, type(cb).abort) for cb in self.cbs.sorted('order') if hasattr(type(cb), 'abort')]
+            if better := [told for cb, abort in aborts if (told := abort(cb, event_type)) is not None]: raise better[0] from e
             raise
+
+    @patch
+    def abort(self: MixHandler, level: str):
+        "Give the Learner its loss back: fastai 2.8.12 does so only in after_train, and later fits would train on mixtures that nobody makes."
+        if level == 'fit' and self.learn.loss_func == self.lf: self.learn.loss_func = self.old_lf
+
+    @patch
+    def abort(self: LRFinder, level: str):     # noqa: F811  (a method of another class)
+        "Give the Learner its weights and rate back: fastai 2.8.12 leaves those of the trial when it is interrupted."
+        if level == 'fit' and 'tmp_p' in vars(self): self.after_fit()
+
+    @patch
+    def __call__(self: Callback, event_name):
+        "Answer an event. fastai 2.8.12 replaces an exception that has no message by an IndexError of its own, for it reads `e.args[0]`."
+        try: return self._orig___call__(event_name)
+        except IndexError as e:
+            cause = e.__context__
+            if cause is None or cause.args or e.args != ('tuple index out of range',): raise
+            cause.args = (f'{type(cause).__name__} without a message in `{type(self).__name__}` when calling event `{event_name}`',)
+            raise cause from None
+
+    @patch
+    def before_fit(self: TrackerCallback):
+        """Find the column of `monitor`; outside a fit stand aside.
+
+        fastai 2.8.12 watches `validate()` too, whose row has no train_loss: it takes the next column for `monitor`, finds it better and saves
+        the model. It has a bare assertion for a name that is not reported."""
+        if not fitting(self.learn):
+            self.run = False
+            return
+        names = [n for n in self.recorder.metric_names[1:] if n != 'time']
+        if self.monitor not in names: raise BadValue(f'monitor must be one of {", ".join(names)}, got {self.monitor!r}{nearest(self.monitor, names)}')
+        if self.reset_on_fit: self.last_saved_path = None
+        self._orig_before_fit()
+
+    @patch
+    def after_fit(self: SaveModelCallback, **kwargs):
+        "Load the best model, if one was saved: where nothing ever was better, fastai 2.8.12 loads what an earlier run left under the same name."
+        if self.at_end or self.every_epoch or self.last_saved_path: self._orig_after_fit(**kwargs)
+        else: print(f'SaveModelCallback: {self.monitor} never got better than {self.best}, so nothing was saved and the weights stay as they are')
+
+    @patch
+    def before_fit(self: Recorder):            # noqa: F811
+        "Begin a record; what `validate()` and `get_preds()` begin is put aside in after_fit: fastai 2.8.12 loses the fit's for it."
+        aside = {} if fitting(self.learn) else {k: v for k, v in vars(self).items() if k in ('lrs', 'iters', 'losses', 'values')}
+        self._orig_before_fit()
+        self.of_fit = aside
+
+    @patch
+    def after_fit(self: Recorder):              # noqa: F811
+        vars(self).update(vars(self).pop('of_fit', {}))
+
+    @patch
+    def accumulate(self: AvgLoss, learn):
+        """Add a batch to the mean of the loss, a cross entropy by the weights of its targets: Σwl/Σw over all samples.
+
+        fastai 2.8.12 averages the batches' weighted means by their number of samples, so that the value depends on the batch size."""
+        ce, targets = cross_entropy_of(learn.loss_func), learn.yb[0]
+        smoothed = isinstance(getattr(learn.loss_func, 'func', learn.loss_func), LabelSmoothingCrossEntropy)    # half of it has no weights
+        if ce is None or ce.reduction == 'sum' or smoothed or len(learn.yb) > 1 or targets.is_floating_point(): return self._orig_accumulate(learn)
+        kept = targets[targets != ce.ignore_index].long()
+        w = kept.new_tensor(kept.numel(), dtype=torch.float32) if ce.weight is None else ce.weight.to(kept.device)[kept].sum()
+        self.total += learn.to_detach(learn.loss.sum() if ce.reduction == 'none' else torch.where(w > 0, learn.loss*w, 0.))
+        self.count += learn.to_detach(w)
+
+    @patch
+    def export(self: Learner, fname='export.pkl', pickle_module=cloudpickle, pickle_protocol=2):
+        "Save what inference needs. When it cannot be pickled, fastai 2.8.12 leaves the Learner without data and optimizer; later fits train nothing."
+        dls, opt = self.dls, self.opt
+        try: self._orig_export(fname, pickle_module, pickle_protocol)
+        finally: self.dls, self.opt = dls, opt
+
+    @patch
+    def activation(self: LabelSmoothingCrossEntropyFlat, out): return F.softmax(out, self.axis)     # fastai 2.8.12 takes the last axis, a mask's width
+    @patch
+    def decodes(self: LabelSmoothingCrossEntropyFlat, out): return out.argmax(self.axis)
+
+    # fastai 2.8.12 finds no activation on torch's own cross entropies: `get_preds` gives logits, and `predict` every class as the answer.
+    F.cross_entropy.activation = nn.CrossEntropyLoss.activation = staticmethod(partial(F.softmax, dim=1))
+    F.cross_entropy.decodes = nn.CrossEntropyLoss.decodes = staticmethod(partial(torch.argmax, dim=1))

@@ -14,6 +14,7 @@ from fastai.basics import Callback, Learner, camel2snake, patch
 from fastrecipes import repairs  # noqa: F401  the mends of fastai
 from fastrecipes.arguments import bound, check_names, check_types
 from fastrecipes.errors import BadName, BadValue, nearest
+from fastrecipes.files import writes
 
 __all__ = ['STAGES', 'TECHNIQUES', 'RECIPE_PARAMETERS', 'Technique', 'Applied', 'TechniqueCallback', 'technique', 'put', 'say',
            'plan', 'discover']
@@ -75,7 +76,7 @@ class TechniqueCallback(Callback):
     """A callback reachable as `learn.<name>_cb`: fastai's `add_cb` would otherwise overwrite the method `learn.<name>`.
 
     `abort(level)` is called when an exception ends a 'batch', 'train', 'validate', 'epoch' or 'fit' before its `after_…` could run: what
-    was lent for that long goes back there."""
+    was lent for that long goes back there. It may return an exception that says better what happened."""
     undoable = True
 
     @property
@@ -96,7 +97,7 @@ def put(learn: Learner, cb: Callback) -> Learner:
 def say(learn: Learner, name: str, effect: str, aloud: bool = False):
     "Record in `learn.techniques` what technique `name` changed, or why it had nothing to change; `aloud`: print it, for it surprises."
     if name in applied(learn): applied(learn)[name].effect = effect
-    if aloud: print(f'{name}: {effect}')
+    if aloud and writes(): print(f'{name}: {effect}')
 
 
 def applied(learn: Learner) -> dict[str, Applied]:
@@ -195,8 +196,9 @@ def use(self: Learner, **techniques) -> Learner:
 
 
 def discover() -> dict[str, Technique]:
-    "Import every module that registers techniques, and return `TECHNIQUES`."
+    "Import every module that registers techniques or gives Learners a method, and return `TECHNIQUES`."
     root = Path(__file__).parent
     for file in sorted(root.glob('*/*.py')):
-        if '\n@technique(' in file.read_text(encoding='utf8'): import_module(f'fastrecipes.{file.parent.name}.{file.stem}')
+        text = file.read_text(encoding='utf8')
+        if '\n@technique(' in text or '\n@patch\n' in text: import_module(f'fastrecipes.{file.parent.name}.{file.stem}')
     return TECHNIQUES

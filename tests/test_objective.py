@@ -93,7 +93,7 @@ def test_a_fit_that_dies_under_mixup_leaves_the_loss_function_alone(toy, error):
 
 
 def test_a_batch_of_one_sample_trains(toy):
-    toy(bs=1, n=4).mixup(.4).label_smoothing(.1).fit(1)
+    toy(bs=1, n=4, labels=[0, 1, 2, 0]).mixup(.4).label_smoothing(.1).fit(1)
 
 
 def test_float_targets_are_blended_themselves(toy):

@@ -3,6 +3,7 @@ from typing import Literal
 
 import numpy as np
 from fastai.basics import Learner
+from fastai.data.transforms import get_c
 from torch.utils.data import Sampler
 
 from fastrecipes.data.keyed import keyed, resampled
@@ -69,12 +70,16 @@ def balance(self: Learner, mode: Literal['upsampling', 'downsampling', 'weighted
     Raises `ValueError` for an unknown mode, for weights with another mode, and where samples have no single class."""
     if mode not in MODES: raise BadValue(f'balance: mode must be one of {", ".join(MODES)}, got {mode!r}{nearest(mode, MODES)}')
     if weights is not None and mode != 'weighted': raise BadValue(f"balance: weights go with mode='weighted', got {mode=}")
-    seed = keyed(self).seed
-    labels = labels_of(self.dls.train)
+    try: labels = labels_of(self.dls.train, 'balance')
+    except BadValue as e: raise BadValue(f'{e}; give `as_dataloaders` a torch loader with a sampler of your own') from None
     counts = np.bincount(labels)
-    if mode != 'weighted': sampler = BalanceClassSampler(labels, mode, seed)
-    else: sampler = WeightedSampler(labels, np.divide(1., counts, where=counts > 0, out=np.zeros(len(counts))) if weights is None else weights, seed)
-    self.dls = resampled(self.dls, sampler, seed)
+    if weights is not None and len(weights) != (c := get_c(self.dls) or len(counts)): raise BadValue(f'balance: one weight for each of the {c} classes, got {len(weights)}')
+    if mode != 'weighted': sampler = BalanceClassSampler(labels, mode)
+    else: sampler = WeightedSampler(labels, np.divide(1., counts, where=counts > 0, out=np.zeros(len(counts))) if weights is None else weights)
+    dls = resampled(self.dls, sampler, sampler.seed)
+    seed = keyed(self).seed                             # nothing is refused from here on
+    sampler.seed = dls.train.seed = seed
+    self.dls = dls
     seen = counts[counts > 0]
     if weights is None and seen.min() == seen.max(): say(self, 'balance', f'the classes are balanced already: {seen[0]} samples each', aloud=True)
     else: say(self, 'balance', f'{len(sampler)} draws an epoch by {mode} ({seen.min()} to {seen.max()} samples a class in the data)')

@@ -3,6 +3,7 @@ import torch
 from fastai.basics import Learner
 
 from fastrecipes.data.keyed import keyed
+from fastrecipes.data.loaders import glance, shapes
 from fastrecipes.data.mixing import Mix
 from fastrecipes.errors import BadValue
 from fastrecipes.technique import TechniqueCallback, put, say, technique
@@ -27,9 +28,7 @@ class Cutout(TechniqueCallback):
 
     def before_batch(self):
         if not self.learn.training: return
-        for x in self.learn.xb:
-            if x.ndim != 4: raise BadValue(f'cutout: needs images (n, c, height, width), got {tuple(x.shape)}')
-            if self.size > min(x.shape[-2:]): raise BadValue(f'cutout: size must be 1 to {min(x.shape[-2:])} px for these images, got {self.size}')
+        _check(self.size, self.learn.xb)
         h, w = self.learn.xb[0].shape[-2:]
         n, draw = len(self.learn.xb[0]), keyed(self.learn).per_sample
         centre = torch.stack([draw(n, 'cutout', axis)*side for axis, side in (('row', h), ('column', w))], 1).to(self.learn.xb[0].device)
@@ -41,6 +40,12 @@ class Cutout(TechniqueCallback):
         self.told = True
 
 
+def _check(size: int, xb):
+    for x in xb:
+        if x.ndim != 4: raise BadValue(f'cutout: needs images (n, c, height, width), got {shapes([x])}; use mixup for other inputs')
+        if size > min(x.shape[-2:]): raise BadValue(f'cutout: size must be 1 to {min(x.shape[-2:])} px for these images, got {size}')
+
+
 @technique('train', section='Data augmentation', source='arXiv:1708.04552', touches=('inputs',))
 def cutout(self: Learner, size: int = 16) -> Learner:
     """Hide a square of each training image.
@@ -49,5 +54,6 @@ def cutout(self: Learner, size: int = 16) -> Learner:
     outside. It is filled with 0, the mean colour of normalised images. Masks stay as they are: the network must guess what is hidden.
     Each image draws by (seed, epoch, sample). Raises `ValueError` for a size below 1 or above the images', and for inputs that are no images."""
     if size < 1: raise BadValue(f'cutout: size must be at least 1 px, got {size}')
+    if seen := glance(self.dls): _check(size, seen[0])
     keyed(self)
     return put(self, Cutout(size))

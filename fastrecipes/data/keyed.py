@@ -5,10 +5,11 @@ from itertools import count
 
 import numpy as np
 import torch
-from fastai.basics import DataLoaders, Learner
+from fastai.basics import DataLoaders, Learner, to_detach
 from fastai.callback.schedule import LRFinder
 from fastai.data.core import TfmdDL
 from fastai.distributed import rank_distrib
+from fastai.tabular.core import TabDataLoader, TabWeightedDL
 
 from fastrecipes.errors import BadValue
 from fastrecipes.randomness import default_seed, forked, key_of, stream, uniform
@@ -26,12 +27,13 @@ class KeyedDL(TfmdDL):
     batch that the next iteration starts at. `rank`, `world`: which share of each batch of world·bs samples this process takes."""
     def __init__(self, dataset=None, bs=64, seed: int | None = None, sampler=None, rank: int = 0, world: int = 1, **kwargs):
         self.seed, self.sampler, self.epoch = default_seed() if seed is None else seed, sampler, -1
-        self.first, self.rank, self.world = 0, rank, world
+        self.first, self.rank, self.world, self.gathered = 0, rank, world, False
         super().__init__(dataset, bs, **kwargs)
         if sampler is not None: self.n = len(sampler)
 
     def new(self, dataset=None, cls=None, **kwargs):
         ours = {'seed': self.seed} if issubclass(cls or type(self), KeyedDL) else {}
+        if 'shuffled' in kwargs: kwargs['shuffle'] = kwargs.pop('shuffled')         # as `tta` of fastai 2.8.12 spells it
         same = dataset is None or dataset is self.dataset
         if ours and same and kwargs.get('shuffle', self.shuffle): ours['sampler'] = self.sampler
         return super().new(dataset, cls, **{**ours, **kwargs})
@@ -73,6 +75,16 @@ class KeyedDL(TfmdDL):
             part += batch[self.rank*n:(self.rank+1)*n]
         return part
 
+    def shared(self, rank: int, world: int) -> 'KeyedDL':
+        "The loader of one of `world` processes, at the same epoch."
+        dl = self.new(rank=rank, world=world)
+        dl.epoch = self.epoch
+        return dl
+
+    def to_detach(self, b, cpu=True, gather=True):
+        "fastai asks the loader how what it counts is brought together from all processes: not at all where that was done already."
+        return to_detach(b, cpu, gather and not self.gathered)
+
     def do_item(self, s):
         if not self.shuffle or s is None: return super().do_item(s)
         with forked(self.seed, 'item', self.epoch, int(s)): return super().do_item(int(s) % len(self.dataset))
@@ -95,6 +107,10 @@ class KeyedDL(TfmdDL):
         "The draws (sample + repetition·samples) that make up batch `i` of the iteration that is running."
         at = (i-self.first)*self.bs
         return np.asarray(self._draws[at:at+self.bs])
+
+
+class KeyedTabDL(KeyedDL, TabDataLoader):
+    "A `KeyedDL` of rows of a table."
 
 
 def _draws(order, n: int) -> list[int]:
@@ -150,17 +166,25 @@ class Keyed(TechniqueCallback):
 
     def per_sample(self, n: int, *name) -> torch.Tensor:
         "A number in [0, 1) for each of the `n` samples of this batch, keyed by (seed, epoch, sample, `name`); by batch where samples are not known."
-        dl = self.learn.dls.train
+        dl = self.learn.dl
         if isinstance(dl, KeyedDL) and len(draws := dl.draws(self.learn.iter)) == n: return torch.from_numpy(uniform(draws, dl.seed, dl.epoch, *name)).float()
         return torch.from_numpy(uniform(range(n), self.seed, *self.step, *name)).float()
 
 
 def keyed(learn: Learner, seed: int | None = None) -> Keyed:
-    "The `Keyed` callback of `learn`; the first call adds it and turns a plain training `TfmdDL` into a `KeyedDL`."
+    "The `Keyed` callback of `learn`; the first call adds it and turns a plain training `TfmdDL`, or one of a table, into a `KeyedDL`."
     if (cb := next((o for o in learn.cbs if type(o) is Keyed), None)) is None:
         learn.add_cb(cb := Keyed(seed))
-    if type(learn.dls.train) is TfmdDL: learn.dls = with_train(learn.dls, learn.dls.train.new(cls=KeyedDL, seed=cb.seed))
+    if cls := _keyed_kind(learn.dls.train): learn.dls = with_train(learn.dls, learn.dls.train.new(cls=cls, seed=cb.seed))
     return cb
+
+
+def _keyed_kind(dl):
+    """What a loader becomes when it is keyed; None for one that draws by a plan of its own, or is keyed.
+
+    fastai 2.8.12 loads every table by `TabWeightedDL`, which without weights still draws with replacement: a third of the rows sit an epoch out."""
+    if type(dl) is TfmdDL: return KeyedDL
+    if type(dl) is TabDataLoader or type(dl) is TabWeightedDL and len(set(dl.wgts)) == 1: return KeyedTabDL
 
 
 def with_train(dls: DataLoaders, train) -> DataLoaders:
@@ -174,6 +198,7 @@ def resampled(dls: DataLoaders, sampler, seed: int) -> DataLoaders:
     "`dls` with its training order drawn by `sampler`. Raises for a loader that is not fastai's or has no items to index."
     dl = dls.train
     if not isinstance(dl, TfmdDL) or not dl.indexed:
-        raise BadValue(f'balance: needs a fastai loader over an indexed dataset, got {type(dl).__name__}; `image_classifier` converts torch loaders')
+        raise BadValue(f'balance: needs a fastai loader over an indexed dataset, got {type(dl).__name__}; give torch loaders to `as_dataloaders`')
     if isinstance(dl, KeyedDL): return with_train(dls, dl.new(sampler=sampler, shuffle=True))
-    return with_train(dls, dl.new(cls=KeyedDL, seed=seed, sampler=sampler, shuffle=True))
+    cls = KeyedTabDL if isinstance(dl, TabDataLoader) else KeyedDL
+    return with_train(dls, dl.new(cls=cls, seed=seed, sampler=sampler, shuffle=True))

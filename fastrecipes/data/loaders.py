@@ -5,7 +5,8 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.losses import CrossEntropyLossFlat
-from fastai.torch_core import TensorImage
+from fastai.tabular.core import Tabular
+from fastai.torch_core import TensorImage, to_device
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
 
@@ -13,8 +14,9 @@ from fastrecipes.data.folders import image_folder
 from fastrecipes.data.keyed import KeyedDL
 from fastrecipes.data.splits import split
 from fastrecipes.errors import BadValue
+from fastrecipes.randomness import forked
 
-__all__ = ['as_dataloaders', 'labels_of', 'Indexed']
+__all__ = ['as_dataloaders', 'glance', 'labels_of', 'shapes', 'Indexed']
 
 
 class Indexed:
@@ -82,19 +84,39 @@ def _classes(dataset) -> list:
     return list(range(int(max(labels_of(dataset)))+1)) if len(dataset) else []
 
 
-def labels_of(data) -> np.ndarray:
+def glance(dls: DataLoaders) -> tuple[tuple, tuple] | None:
+    "(inputs, targets) of the first training sample, as a batch of one; None where it takes an iteration to know. No draw is felt outside."
+    dl = dls.train
+    with forked('glance'):
+        if isinstance(dl, TfmdDL) and dl.indexed and not dl.prebatched and len(dl.dataset):
+            dl.before_iter()                            # tells its transforms which side this is; each iteration does
+            b = dl.do_batch([dl.do_item(0)])
+            b = dl.after_batch(b if dl.device is None else to_device(b, dl.device))
+        elif isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset) and dl.batch_size and len(dl.dataset): b = dl.collate_fn([dl.dataset[0]])
+        else: return None
+    i = getattr(dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
+    return tuple(b[:i]), tuple(b[i:])
+
+
+def shapes(batch) -> str:
+    "The shapes of a batch's tensors in words: `(n, 3, 16, 16), (n, 2)`."
+    return ', '.join(f'({", ".join(["n", *map(str, x.shape[1:])])})' for x in batch)
+
+
+def labels_of(data, who: str = 'labels') -> np.ndarray:
     """The class index of each sample of a dataset or loader `(n,)`, in order, without decoding inputs where the dataset allows.
 
-    Raises `ValueError` where a sample has no single class."""
-    if isinstance(data, (TfmdDL, DataLoader)): return labels_of(data.dataset)
-    if isinstance(data, Indexed): return labels_of(data.dataset)
-    if isinstance(data, Subset): return labels_of(data.dataset)[list(data.indices)]
-    if isinstance(data, Datasets): values = list(data.tls[-1])
+    Raises `ValueError`, in the name of `who`, where a sample has no single class."""
+    if isinstance(data, (TfmdDL, DataLoader)): return labels_of(data.dataset, who)
+    if isinstance(data, Indexed): return labels_of(data.dataset, who)
+    if isinstance(data, Subset): return labels_of(data.dataset, who)[list(data.indices)]
+    if isinstance(data, Tabular): values = list(data.targ.to_numpy().squeeze(1)) if len(data.y_names) == 1 else [None]
+    elif isinstance(data, Datasets): values = list(data.tls[-1])
     elif (targets := getattr(data, 'targets', None)) is not None: values = list(targets)
     elif (tensors := getattr(data, 'tensors', None)) is not None: values = list(tensors[-1])
     else: values = [data[i][-1] for i in range(len(data))]
     try: labels = np.array([int(v) for v in values])
     except (TypeError, ValueError, RuntimeError): labels = None
-    if labels is None or any(getattr(v, 'is_floating_point', bool)() for v in values[:1]):
-        raise BadValue('labels: each sample must have one class (an integer); multi-label, regression and segmentation data have none')
+    if labels is None or any(isinstance(v, (float, np.floating)) or getattr(v, 'is_floating_point', bool)() for v in values[:1]):
+        raise BadValue(f'{who}: each sample must have one class (an integer); multi-label, regression and segmentation data have none')
     return labels

@@ -4,8 +4,9 @@ from fastai.basics import Learner
 from fastai.callback.training import GradientAccumulation
 
 from fastrecipes.data.keyed import keyed
+from fastrecipes.data.loaders import glance, shapes
 from fastrecipes.errors import BadValue
-from fastrecipes.objective import objective
+from fastrecipes.objective import check_mixable, objective
 from fastrecipes.technique import TechniqueCallback, say, technique
 
 __all__ = ['Mix', 'blend', 'boxes', 'paste']
@@ -56,21 +57,18 @@ class Mix(TechniqueCallback):
         if kind not in self.told: self._tell(kind, partner, share)
 
     def _blend(self, partner, lam):
-        if not all(x.is_floating_point() for x in self.learn.xb):
-            raise BadValue('mixup: blends numbers, and an input of this model is not floating point (categories have no in-between)')
+        _check_blend(self.learn.xb)
         self.learn.xb = tuple(blend(x, partner, lam) for x in self.learn.xb)
         objective(self.learn).mix(partner, lam)
         return lam
 
     def _paste(self, partner, lam, centre):
         xb, yb = self.learn.xb, self.learn.yb
-        h, w = xb[0].shape[-2:] if xb[0].ndim == 4 else (0, 0)
-        if not all(x.ndim == 4 and x.shape[-2:] == (h, w) for x in xb):
-            raise BadValue(f'cutmix: needs images (n, c, height, width), got {", ".join(str(tuple(x.shape)) for x in xb)}; use mixup for other inputs')
-        box = boxes(lam, centre, h, w)
+        _check_paste(xb)
+        box = boxes(lam, centre, *xb[0].shape[-2:])
         share = 1-box.float().mean((1, 2))
         self.learn.xb = tuple(paste(x, partner, box) for x in xb)
-        if len(yb) and all(y.ndim > 2 and y.shape[-2:] == (h, w) for y in yb): self.learn.yb = tuple(paste(y, partner, box) for y in yb)
+        if _are_masks(xb, yb): self.learn.yb = tuple(paste(y, partner, box) for y in yb)
         else: objective(self.learn).mix(partner, share)
         return share
 
@@ -81,8 +79,26 @@ class Mix(TechniqueCallback):
         self.told.add(kind)
 
 
-def _mix(learn: Learner) -> Mix:
-    "The `Mix` of `learn`; the first call adds it."
+def _are_masks(xb, yb) -> bool:
+    "Whether the targets have a value a pixel."
+    return len(yb) > 0 and all(isinstance(y, torch.Tensor) and y.ndim > 2 and y.shape[-2:] == xb[0].shape[-2:] for y in yb)
+
+
+def _check_blend(xb):
+    if not all(x.is_floating_point() for x in xb):
+        raise BadValue('mixup: blends numbers, and an input of this model is not floating point (categories have no in-between); weight_penalty regularises those too')
+
+
+def _check_paste(xb):
+    if not all(x.ndim == 4 and x.shape[-2:] == xb[0].shape[-2:] for x in xb):
+        raise BadValue(f'cutmix: needs images (n, c, height, width), got {shapes(xb)}; use mixup for other inputs')
+
+
+def _mix(learn: Learner, kind: str) -> Mix:
+    "The `Mix` of `learn`; the first call adds it. Refuses, before that, data that cannot be mixed by `kind`."
+    if seen := glance(learn.dls):
+        (_check_blend if kind == 'mixup' else _check_paste)(seen[0])
+        if kind == 'mixup' or not _are_masks(*seen): check_mixable(kind, learn.loss_func, seen[1])
     keyed(learn)
     objective(learn)
     if (cb := next((o for o in learn.cbs if type(o) is Mix), None)) is None: learn.add_cb(cb := Mix())
@@ -98,7 +114,7 @@ def mixup(self: Learner, alpha: float = .4) -> Learner:
     against the blended targets, class weights normalised. With `cutmix`, one of the two is drawn for each batch.
     Raises `ValueError` unless alpha > 0."""
     if not alpha > 0: raise BadValue(f'mixup: alpha must be > 0, got {alpha}')
-    _mix(self).alpha['mixup'] = alpha
+    _mix(self, 'mixup').alpha['mixup'] = alpha
     return self
 
 
@@ -110,5 +126,5 @@ def cutmix(self: Learner, alpha: float = 1.) -> Learner:
     at the border, a rectangle a sample. Masks and other targets with a value a pixel are pasted along. With `mixup`, one of the two
     is drawn for each batch. Raises `ValueError` unless alpha > 0, and where the inputs are not images."""
     if not alpha > 0: raise BadValue(f'cutmix: alpha must be > 0, got {alpha}')
-    _mix(self).alpha['cutmix'] = alpha
+    _mix(self, 'cutmix').alpha['cutmix'] = alpha
     return self

@@ -1,9 +1,35 @@
-"Cross entropy against probabilities: what mixing, smoothing, class weights and teachers all come down to."
+"Cross entropy against probabilities: what mixing, smoothing, class weights and teachers all come down to; and how it is told from other losses."
+from dataclasses import dataclass
+from functools import partial
+
 import torch
-from torch import Tensor
+from fastai.losses import BaseLoss, LabelSmoothingCrossEntropy
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ['soft_cross_entropy', 'soft_targets']
+__all__ = ['CrossEntropy', 'cross_entropy_of', 'soft_cross_entropy', 'soft_targets']
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    "What a cross-entropy loss, however it is spelt, was told: all that is needed to compute it against soft targets."
+    weight: Tensor | None = None
+    smoothing: float = 0.
+    ignore_index: int = -100
+    reduction: str = 'mean'
+    axis: int = 1
+
+
+def cross_entropy_of(loss_func) -> CrossEntropy | None:
+    "The settings of `loss_func` if it is fastai's or torch's cross entropy; None for any other loss."
+    axis, f = (loss_func.axis, loss_func.func) if isinstance(loss_func, BaseLoss) else (1, loss_func)
+    if isinstance(f, nn.CrossEntropyLoss): return CrossEntropy(f.weight, f.label_smoothing, f.ignore_index, f.reduction, axis)
+    if isinstance(f, LabelSmoothingCrossEntropy): return CrossEntropy(f.weight, f.eps, reduction=f.reduction, axis=axis)
+    kw = {}
+    if isinstance(f, partial) and not f.args: f, kw = f.func, f.keywords
+    if f is F.cross_entropy:
+        return CrossEntropy(kw.get('weight'), kw.get('label_smoothing', 0.), kw.get('ignore_index', -100), kw.get('reduction', 'mean'))
+    return None
 
 
 def soft_targets(target: Tensor, n_classes: int, ignore_index: int = -100) -> Tensor:

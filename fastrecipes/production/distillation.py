@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fastrecipes.errors import BadValue, NotThere
 from fastrecipes.objective import Objective, cross_entropy_of, objective
 from fastrecipes.technique import TechniqueCallback, put, say, technique
+from fastrecipes.training.precision import device_of
 from fastrecipes.training.transfer import statistics_of
 
 __all__ = ['Distill', 'Renormalize', 'soft_divergence']
@@ -42,7 +43,7 @@ class Distill(TechniqueCallback):
     def __init__(self, teacher: nn.Module, T: float, alpha: float): self.teacher, self.T, self.alpha, self.answer = teacher, T, alpha, None
 
     def before_fit(self):
-        self.teacher.eval().to(self.learn.dls.device)
+        self.teacher.eval().to(device_of(self.learn))
 
     def after_pred(self):                               # here and not after the loss: low precision holds for the teacher too
         if not self.learn.training or not len(self.learn.yb): return
@@ -70,7 +71,8 @@ def distill(self: Learner, teacher: Learner | nn.Module | str, T: float = 4., al
     outside the ranges, for a loss that is not a cross entropy, and for a teacher of other classes; `FileNotFoundError` for no such teacher."""
     if not T > 0: raise BadValue(f'distill: T must be > 0, got {T}')
     if not 0 <= alpha <= 1: raise BadValue(f'distill: alpha must be in [0, 1], got {alpha}')
-    if cross_entropy_of(self.loss_func) is None: raise BadValue(f'distill: the loss must be a cross entropy over classes, got {self.loss_func}')
+    if cross_entropy_of(self.loss_func) is None:
+        raise BadValue(f"distill: the loss must be a cross entropy over classes, got {self.loss_func}; elsewhere train on the teacher's answers as targets")
     objective(self)
     net = _teacher(self, teacher)
     put(self, Distill(net, T, alpha))

@@ -61,7 +61,7 @@ def prune(self: Learner, amount: float | None = None, threshold: float | None = 
     if amount is not None and threshold is not None: raise BadValue(f'prune: amount or threshold, not both; got {amount=}, {threshold=}')
     if amount is not None and not 0 <= amount < 1: raise BadValue(f'prune: amount must be in [0, 1), got {amount}')
     if threshold is not None and threshold < 0: raise BadValue(f'prune: threshold must be ≥ 0, got {threshold}')
-    weights = _weights(self.model, layers)
+    if not (weights := _weights(self.model, layers)): raise BadValue('prune: the network has no convolution and no linear layer; name its weights by layers')
     before = _zeros(weights)
     if amount is not None and amount < before - 1e-9 and (held := getattr(self, 'prune_cb', None)) and amount < held.share - 1e-9:
         raise BadValue(f'prune: {before:.1%} of these weights are pruned already, and {amount:.1%} would bring some back; build the Learner again for less')

@@ -16,6 +16,7 @@ from fastrecipes.report.evidence import Row, gather, keep_run, score
 from fastrecipes.report.history import history, lines_unless_terminal
 from fastrecipes.report.run_folder import RunFolder
 from fastrecipes.technique import plan
+from fastrecipes.training.distributed import one_process
 from fastrecipes.training.finders import find_lr
 from fastrecipes.training.reproducibility import seed_everything
 from fastrecipes.training.resume import remember
@@ -57,6 +58,7 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     check_types(image_classifier, asked)
     todo = plan({**USUAL, **techniques})
     check_recipe(path, arch, epochs, lr, schedule)
+    if 'to_distributed' not in {t.name for t, _ in todo}: one_process('image_classifier without to_distributed')
     net = backbone(arch, pretrained)
 
     seed_everything(seed)

@@ -22,6 +22,7 @@ from fastrecipes.report.evidence import Row, gather, keep_run, score
 from fastrecipes.report.history import history, lines_unless_terminal
 from fastrecipes.report.run_folder import STAGES, RunFolder, load_run
 from fastrecipes.technique import TECHNIQUES, applied
+from fastrecipes.training.distributed import one_process
 from fastrecipes.training.reproducibility import seed_everything
 from fastrecipes.training.transfer import Backbone, backbone, classifier, statistics_of, unnormalised
 
@@ -57,6 +58,7 @@ def compress(learn: Learner | str, student: str | None = None, *, prune: float |
     """
     asked = dict(locals())
     check_types(compress, asked)
+    one_process('compress')
     prune, quantize = check_compression(prune, quantize, tolerance)
     if not (student or prune or quantize): raise BadValue('compress: student, prune and quantize are all off: nothing to do')
     if student or prune: check_fit(epochs, lr)

@@ -21,6 +21,7 @@ from fastrecipes.report.evidence import Row, Scored, differences, gather, held_o
 from fastrecipes.report.history import history, lines_unless_terminal
 from fastrecipes.report.run_folder import RunFolder
 from fastrecipes.technique import plan
+from fastrecipes.training.distributed import one_process
 from fastrecipes.training.reproducibility import seed_everything
 from fastrecipes.training.transfer import PACKAGED, backbone, classifier, packaged_weights
 
@@ -83,6 +84,7 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
     check_types(pipeline, asked)
     plan({**USUAL, **techniques})
     check_recipe(path, arch, epochs, lr, schedule)
+    one_process('pipeline')
     prune, quantize = check_compression(prune, quantize, tolerance)
     for what, name in (('arch', arch), ('student', student)):
         if name: backbone(name, pretrained, what)   # weights that cannot be fetched: say so before an hour of work

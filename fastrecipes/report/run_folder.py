@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from fastrecipes import __version__
-from fastrecipes.errors import BadValue, NotThere, UserError
+from fastrecipes.errors import BadValue, NotThere, PeerGone, UserError
 from fastrecipes.files import whole, writes
 
 __all__ = ['RunFolder', 'load_run', 'command_line']
@@ -78,6 +78,7 @@ class RunFolder:
         from fastrecipes.training.resume import resumable
         try:
             with resumable(self.path/CHECKPOINT): yield self
+        except PeerGone as e: raise PeerGone(f'{e}; to go on: {self.way_on}') from e
         except UserError:
             if writes() and {p.name for p in self.path.iterdir()} <= {RECIPE, PROVENANCE}:
                 for p in self.path.iterdir(): p.unlink()
@@ -89,7 +90,8 @@ class RunFolder:
     def way_on(self) -> str:
         "The command that goes on with this run, or, where its data were given in Python, what to do there."
         if any(str(v).startswith('<') for v in self.shown.values()): return f'call {self.recipe.replace("-", "_")} again with the same arguments and out={str(self.path)!r}'
-        return command_line(self.recipe, self.shown | dict(out=str(self.path)))
+        line, n = command_line(self.recipe, self.shown | dict(out=str(self.path))), os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('WORLD_SIZE', '1'))
+        return line if n == '1' else f'torchrun --nproc-per-node {n} -m {line}'
 
     def finish(self, **facts):
         "Say that the run came to its end; the last thing that is written."

@@ -2,6 +2,7 @@
 import numpy as np
 import torch
 from fastai.basics import Learner
+from fastai.data.transforms import get_c
 from sklearn.utils.class_weight import compute_class_weight
 
 from fastrecipes.data.loaders import labels_of
@@ -22,10 +23,10 @@ def label_smoothing(self: Learner, eps: float = .1) -> Learner:
     Raises `ValueError` outside the range and for a loss that is not a cross entropy."""
     if not 0 <= eps < 1: raise BadValue(f'label_smoothing: eps must be in [0, 1), got {eps}')
     if cross_entropy_of(self.loss_func) is None:
-        raise BadValue(f'label_smoothing: the loss must be a cross entropy over classes, got {self.loss_func}')
+        raise BadValue(f'label_smoothing: the loss must be a cross entropy over classes, got {self.loss_func}; other targets can be smoothed in the data')
     objective(self).smoothing = eps
-    c = getattr(self.dls, 'c', None)
-    say(self, 'label_smoothing', f'targets {1-eps+eps/c:.3f} and {eps/c:.4f} instead of 1 and 0' if isinstance(c, int) else f'targets smoothed by {eps}')
+    c = get_c(self.dls)
+    say(self, 'label_smoothing', f'targets {1-eps+eps/c:.3f} and {eps/c:.4f} instead of 1 and 0' if c else f'targets smoothed by {eps}')
     return self
 
 
@@ -39,16 +40,17 @@ def class_weights(self: Learner, weights: list[float] | None = None) -> Learner:
     Unlike `balance` it draws every sample once an epoch. Validation loss stays unweighted. Raises `ValueError` for a wrong number of
     weights, negative ones or all 0, for a loss that is not a cross entropy, and where a default is asked for and samples have no single class."""
     if cross_entropy_of(self.loss_func) is None:
-        raise BadValue(f'class_weights: the loss must be a cross entropy over classes, got {self.loss_func}')
-    c, given = getattr(self.dls, 'c', None), weights is not None
+        raise BadValue(f'class_weights: the loss must be a cross entropy over classes, got {self.loss_func}; for several labels a sample, BCEWithLogitsLossFlat(pos_weight=…)')
+    c, given = get_c(self.dls), weights is not None
     if not given:
-        labels = labels_of(self.dls.train)
-        c, present = c if isinstance(c, int) else int(labels.max())+1, np.unique(labels)
+        try: labels = labels_of(self.dls.train, 'class_weights')
+        except BadValue as e: raise BadValue(f'{e}; give weights, one a class') from None
+        c, present = c or int(labels.max())+1, np.unique(labels)
         weights = np.zeros(c)
         weights[present] = compute_class_weight('balanced', classes=present, y=labels)
         weights = weights.tolist()
     if min(weights) < 0 or not sum(weights) > 0: raise BadValue(f'class_weights: weights must be ≥ 0 and not all 0, got {list(weights)}')
-    if isinstance(c, int) and len(weights) != c: raise BadValue(f'class_weights: one weight for each of the {c} classes, got {len(weights)}')
+    if c and len(weights) != c: raise BadValue(f'class_weights: one weight for each of the {c} classes, got {len(weights)}')
     objective(self).class_weight = torch.tensor(weights, dtype=torch.float32)
     if max(weights) == min(weights): say(self, 'class_weights', 'the classes weigh the same: nothing is changed', aloud=True)
     else: say(self, 'class_weights', f'weights {min(weights):.3g} to {max(weights):.3g}' + ('' if given else ', from the shares of the classes'))

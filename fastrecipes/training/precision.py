@@ -8,7 +8,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastrecipes.errors import BadValue
 from fastrecipes.technique import TechniqueCallback, applied, put, say, technique
 
-__all__ = ['Autocast', 'low_precision']
+__all__ = ['Autocast', 'device_of', 'low_precision']
 
 
 class Autocast(TechniqueCallback, MixedPrecision):
@@ -19,7 +19,7 @@ class Autocast(TechniqueCallback, MixedPrecision):
         self.wanted, self.scaling, self.inside = wanted, scaling, False
 
     def before_fit(self):
-        device = self.learn.dls.device.type
+        device = device_of(self.learn).type
         dtype = low_precision(device, self.wanted)
         self.autocast, self.inside, self.scales = torch.autocast(device, dtype), False, L()
         self.learn.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16, **self.scaling)
@@ -42,6 +42,12 @@ class Autocast(TechniqueCallback, MixedPrecision):
         self.inside = False
 
 
+def device_of(learn: Learner) -> torch.device:
+    "What a fit computes on: fastai moves the network to the device of the loaders; torch's own have none, and their batches follow the network."
+    device = getattr(learn.dls, 'device', None)
+    return next(learn.model.parameters()).device if device is None else torch.device(device)
+
+
 def low_precision(device: str, wanted: torch.dtype) -> torch.dtype:
     "The 16-bit type that a forward pass on `device` can use for `wanted`: a CPU has bfloat16 only. Raises where a GPU lacks bfloat16."
     if device == 'cpu': return torch.bfloat16
@@ -57,7 +63,7 @@ def _emulated() -> bool:
 
 
 def _lower(learn: Learner, name: str, wanted: torch.dtype, **scaling) -> Learner:
-    device = learn.dls.device.type
+    device = device_of(learn).type
     got = low_precision(device, wanted)
     put(learn, Autocast(wanted, **scaling))
     bits = str(got).removeprefix('torch.')

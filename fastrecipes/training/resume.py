@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from fastai.basics import Callback, L, Learner, Metric, get_model, nn
 from fastai.callback.schedule import LRFinder
+from fastai.learner import Recorder
 
 from fastrecipes.data.keyed import KeyedDL, keyed
 from fastrecipes.errors import BadValue
 from fastrecipes.files import whole, writes
 from fastrecipes.repairs import REPAIRS
 from fastrecipes.technique import applied
+from fastrecipes.training import preflight  # noqa: F401  its look at a fit is taken inside ours: fits that are passed over need none
 
 __all__ = ['resumable', 'remember', 'Checkpoint', 'state_of', 'restore']
 
@@ -91,6 +93,7 @@ class _Act:
         self.saved = _read(file)
         self.due = self.saved and _Place(*self.saved['place'])      # where this session is to go on; None once it has
         keyed(learn)
+        learn.preflight(folder=file.parent)
         if self.due: self._check(learn)
 
     def _check(self, learn):
@@ -199,6 +202,7 @@ def restore(learn: Learner, state: dict):
     "Put back what `state_of` took."
     model = get_model(learn.model)
     model.load_state_dict(state['model'])
+    if learn.opt is None: learn.create_opt()
     params = list(model.parameters())
     for p, g in zip(params, state['gradients']): p.grad = torch.zeros_like(p) if isinstance(g, int) else g if g is None else g.to(p.device)
     learn.opt.load_state_dict(_on(params[0].device, state['optimizer']))
@@ -233,7 +237,7 @@ def _attributes(o) -> dict:
     """What of `o` is state: its attributes that are plain data, tensors or metrics; networks that it names in `stateful`.
 
     All else (the Learner, progress bars, contexts, teachers) is made anew by the program. `transient` names what is not to come back."""
-    left_out = {'learn', *getattr(type(o), 'transient', ()), *(('start_epoch',) if type(o).__name__ == 'Recorder' else ())}
+    left_out = {'learn', *getattr(type(o), 'transient', ()), *(('start_epoch', 'log') if isinstance(o, Recorder) else ())}     # the epoch's clock and row
     found = {}
     for name, v in vars(o).items():
         if name in left_out: continue

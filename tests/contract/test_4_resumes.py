@@ -3,42 +3,43 @@
 Here the kill is an exception that nobody catches, after which nothing of the first process is used but its checkpoint; `test_kill_9.py`
 kills real processes."""
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from fastai.basics import Callback
+from fastai.basics import SGD, Adam, Callback, OptimWrapper, TfmdDL, nn, ranger
+from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback
 
-from fastrecipes.training.resume import resumable
+from fastrecipes.training.resume import remember, resumable
 
-from .conftest import NAMES, learner, use
+from .conftest import NAMES, learner, refusal, use
 
-# (fit, epoch, batch) where it dies: in mid-epoch, at its first and last batch, in the first batch and in the second fit
-PLACES = [(0, 0, 0), (0, 1, 2), (0, 1, 3), (1, 0, 0), (1, 1, 1)]
+# (fit, epoch, batch) where it dies, of two fits of two epochs of four batches, saved after every batch and at the start of an epoch: before
+# there is anything, in mid-epoch (between two steps of grad_accum), between training and validation, between two fits, at the start of an epoch
+PLACES = [((0, 0, 0), 'before'), ((0, 1, 3), 'before'), ((0, 1, 3), 'after'), ((1, 0, 0), 'before'), ((1, 1, 0), 'before')]
 
 
 class Killed(BaseException): pass
 
 
 class Kill(Callback):
-    "Die in a batch of the program: once its weights are changed, or once it is saved."
-    order = 2000                                 # after the checkpoint of that batch
-    def __init__(self, at, where): self.at, self.where, self.nth = at, where, -1
-    def _die(self, event):
-        if self.where == event and self.learn.training and (self.nth, self.learn.epoch, self.learn.iter) == self.at: raise Killed
+    "Die at the end of a batch of the program, before or after a checkpoint of it would be written."
+    def __init__(self, at, when): self.at, self.order, self.nth = at, dict(before=900, after=1100)[when], -1
     def before_fit(self): self.nth += 1
-    def after_step(self): self._die('after_step')
-    def after_batch(self): self._die('after_batch')
+    def after_batch(self):
+        if self.learn.training and (self.nth, self.learn.epoch, self.learn.iter) == self.at: raise Killed
 
 
-def program(names, folder=None, kill=None, every=2, workers=0, n=256):
-    "Two fits of two epochs of four batches, resumable where there is a folder."
-    learn = learner(n)
-    learn.dls.train.fake_l.num_workers = workers
-    use(learn, *names)
-    if kill: learn.add_cb(kill)
-    with resumable(folder, every=every):
-        learn.fit_flat_cos(2, 3e-3)
-        learn.fit_one_cycle(2, 2e-3)
+def fits(learn):
+    learn.fit_flat_cos(2, 3e-3)
+    learn.fit_one_cycle(2, 2e-3)
+
+
+def program(make, folder, kill=None, every=1):
+    "Two fits of what `make()` gives, resumable."
+    learn = make()
+    if kill: learn.add_cb(Kill(*kill))
+    with resumable(folder, every=every): fits(learn)
     return learn
 
 
@@ -53,7 +54,7 @@ def outcome(learn):
     "All that a run ends with, but for the time it took."
     r = learn.recorder
     return flat([list(learn.model.state_dict().values()), learn.opt.state_dict(), r.values, r.losses, r.lrs, r.iters, [p.grad for p in learn.model.parameters()],
-                 torch.get_rng_state(), {n: a.effect for n, a in learn.techniques.items()}])
+                 torch.get_rng_state(), {n: a.effect for n, a in vars(learn).get('techniques', {}).items()}])
 
 
 def same(a, b): return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else type(a) is type(b) and (a == b or a != a and b != b)
@@ -64,11 +65,127 @@ def assert_same(one, other):
     assert len(a) == len(b) and all(map(same, a, b)), next((i, x, y) for i, (x, y) in enumerate(itertools.zip_longest(a, b)) if not same(x, y))
 
 
+def check(make, tmp_path, places=PLACES):
+    "Killed at each of `places` and run again, `make`'s Learner ends as if never killed."
+    whole = program(make, tmp_path/'whole')
+    for n, kill in enumerate(places):
+        with pytest.raises(Killed): program(make, tmp_path/f'{n}', kill)
+        assert_same(whole, program(make, tmp_path/f'{n}'))
+        assert not (tmp_path/f'{n}').exists()    # nothing is left of a block that came to its end
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_killed_anywhere_and_run_again_it_ends_as_if_never_killed(name, tmp_path):
-    whole = program([name], tmp_path/'whole')
-    for at, where in itertools.product(PLACES, ('after_step', 'after_batch')):
-        folder = tmp_path/f'{at} {where}'
-        with pytest.raises(Killed): program([name], folder, Kill(at, where))
-        assert_same(whole, program([name], folder))
-        assert not folder.exists()               # nothing is left of a block that came to its end
+    check(lambda: use(learner(256), name), tmp_path)
+
+
+def with_workers(*names):
+    learn = learner(256)
+    learn.dls.train.fake_l.num_workers = 2
+    return use(learn, *names)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_with_worker_processes_too_and_the_same_as_without(name, tmp_path):
+    check(lambda: with_workers(name), tmp_path, [((0, 1, 1), 'before')])
+    assert_same(program(lambda: with_workers(name), tmp_path/'two'), program(lambda: use(learner(256), name), tmp_path/'none'))
+
+
+@pytest.mark.parametrize('names', [pair for i, pair in enumerate(p for p in itertools.combinations(NAMES, 2) if not refusal(*p)) if i % 5 == 0], ids='+'.join)
+def test_in_pairs(names, tmp_path):
+    check(lambda: use(learner(256), *names), tmp_path, [((0, 1, 1), 'before')])
+
+
+def noisy(opt_func=Adam):
+    "A network with batch statistics and dropout."
+    learn = learner(256)
+    torch.manual_seed(0)
+    learn.model = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(.3), nn.Flatten(), nn.Linear(8*7*7, 10))
+    learn.opt_func = opt_func
+    return learn
+
+
+OPTIMIZERS = dict(adam=Adam, sgd=SGD, ranger=ranger, torch_adamw=partial(OptimWrapper, opt=torch.optim.AdamW), torch_sgd=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9))
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_batch_statistics_dropout_and_any_optimizer(name, tmp_path): check(lambda: noisy(OPTIMIZERS[name]), tmp_path)
+
+
+def test_trackers_of_fastai_and_metrics_on_training_batches(tmp_path):
+    def make():
+        learn = learner(256)
+        learn.path = tmp_path
+        learn.recorder.train_metrics = True
+        return learn.add_cbs([SaveModelCallback(monitor='valid_accuracy', fname='best'), ReduceLROnPlateau(monitor='train_loss', min_delta=9)])
+    check(make, tmp_path)
+
+
+def test_a_fit_that_stopped_early_is_passed_over(tmp_path):
+    make = lambda: learner(256).early_stop('accuracy', patience=1, min_delta=1.)
+    whole = program(make, tmp_path/'whole')
+    assert len(whole.recorder.values) == 2
+    check(make, tmp_path, [((0, 1, 3), 'after'), ((1, 0, 2), 'before')])
+
+
+def test_learners_in_one_block_have_checkpoints_of_their_own(tmp_path):
+    def both(folder, kill=None):
+        first, second = use(learner(256), 'mixup'), noisy()
+        if kill: second.add_cb(Kill(*kill))
+        with resumable(folder, every=2):
+            first.fit(1, 3e-3)
+            fits(second)
+            first.fit(1, 1e-3)
+        return first, second
+    whole = both(tmp_path/'whole')
+    with pytest.raises(Killed): both(tmp_path/'run', ((1, 0, 1), 'before'))
+    assert sorted(p.name for p in (tmp_path/'run').iterdir()) == ['1.pt', '2.pt']        # and no second copy of any
+    for a, b in zip(whole, both(tmp_path/'run')): assert_same(a, b)
+
+
+def test_a_fastai_learner_without_any_technique(tmp_path):
+    def make():
+        learn = learner(256)
+        learn.remove_cb(learn.keyed_cb)
+        learn.dls.loaders[0] = learn.dls.train.new(cls=TfmdDL)
+        torch.manual_seed(3)
+        return learn
+    check(make, tmp_path)
+
+
+def test_what_is_remembered_is_worked_out_once(tmp_path):
+    drawn = []
+    def draw(): drawn.append(len(drawn)); return drawn[-1]
+    with pytest.raises(Killed), resumable(tmp_path/'run'):
+        assert (remember('draw', draw), remember('draw', draw)) == (0, 1)
+        raise Killed
+    with resumable(tmp_path/'run'): assert (remember('draw', draw), remember('draw', draw), remember('draw', draw)) == (0, 1, 2)
+    assert remember('draw', draw) == 3           # outside of a block nothing is
+
+
+def test_lr_find_is_no_fit_and_is_not_checkpointed(tmp_path):
+    learn = learner(256)
+    with resumable(tmp_path/'run', every=1):
+        learn.lr_find(num_it=6, show_plot=False)
+        assert not (tmp_path/'run').exists()
+
+
+def test_checkpoints_of_another_program_are_refused(tmp_path):
+    with pytest.raises(Killed): program(lambda: learner(256), tmp_path/'run', ((1, 0, 2), 'before'))
+    with pytest.raises(ValueError, match='of another network'): program(noisy, tmp_path/'run')
+    with pytest.raises(ValueError, match='every must be ≥ 1 batch, got 0'):
+        with resumable(tmp_path/'run', every=0): pass
+
+
+def test_writing_takes_a_bounded_share_of_the_time(tmp_path, monkeypatch):
+    "With a clock of our own: a batch takes 1 s, writing 2 s: a checkpoint every 40 batches is 5 %."
+    now, saves = [0.], []
+    monkeypatch.setattr('fastrecipes.training.resume.time', type('Clock', (), dict(monotonic=lambda: now[0])))
+    def write(file, state): now[0] += 2; saves.append(state['place'])
+    monkeypatch.setattr('fastrecipes.training.resume._write', write)
+    class Tick(Callback):
+        def after_batch(self): now[0] += 1
+    learn = learner(1024, bs=8)
+    with resumable(tmp_path/'run'): learn.fit(1, 1e-4, cbs=Tick())
+    batches = [b for _, e, b in saves if e == 0 and b]
+    assert batches == [1, 42, 83, 124]
