@@ -25,7 +25,7 @@ class Zygote:
 
     def run(self, argv, log, after: float | None = None, signal_=signal.SIGKILL) -> tuple[int, float]:
         "The exit code, −9 when killed in time, and the seconds that it took."
-        started, pid = time.monotonic(), self.start(argv, log)
+        pid, started = self.start(argv, log), time.monotonic()
         if after is not None:
             time.sleep(after)
             os.kill(pid, signal_)               # one that is done already is a zombie until it is waited for
