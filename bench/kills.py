@@ -20,12 +20,12 @@ from results import write                                       # noqa: E402
 from fastrecipes.data.samples import digits                     # noqa: E402
 
 TECHNIQUES = '--augment.flip false --label_smoothing .1 --balance upsampling --mixup .4 --cutout 8 --early_stop.patience 2'.split()
-RUN = '--arch resnet10t --pretrained false --size 32 --bs 32 --epochs 3 --valid .3 --test .2'.split()
+RUN = '--arch resnet10t --pretrained false --size 32 --bs 32 --epochs 3 --valid .3 --test .2 --lr .003'.split()
 
 
 def main(kills: int, seed: int) -> str:
     folder, rng = Path(tempfile.mkdtemp(prefix='kills-')), random.Random(seed)
-    data = digits(folder/'digits', imbalance=20)
+    data = digits(folder/'digits', imbalance=100)
     said = [f'fastrecipes image-classifier DIGITS {" ".join([*RUN, *TECHNIQUES])} --out RUN', '']
     tell = lambda line: (said.append(line), print(line, flush=True))
 

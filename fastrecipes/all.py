@@ -37,6 +37,7 @@ from fastrecipes.training.precision import *
 from fastrecipes.training.preflight import *
 from fastrecipes.training.reproducibility import *
 from fastrecipes.training.resume import *
+from fastrecipes.training.state import *
 from fastrecipes.training.stopping import *
 from fastrecipes.training.transfer import *
 

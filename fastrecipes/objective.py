@@ -4,13 +4,14 @@
 from inspect import signature
 
 import torch
-from fastai.basics import Learner, find_bs
+from fastai.basics import AvgLoss, LabelSmoothingCrossEntropy, Learner, find_bs, patch
 from fastai.callback.training import GradientAccumulation
 from fastai.layers import NoneReduce
 from torch import distributed
 
 from fastrecipes.errors import BadValue
 from fastrecipes.losses.classification import CrossEntropy, cross_entropy_of, soft_cross_entropy, soft_targets
+from fastrecipes.repairs import REPAIRS
 from fastrecipes.technique import TechniqueCallback
 
 __all__ = ['Objective', 'check_mixable', 'mean_over_processes', 'objective', 'CrossEntropy', 'cross_entropy_of']
@@ -112,3 +113,18 @@ def objective(learn: Learner) -> Objective:
     "The `Objective` of `learn`, added by the first technique that changes its loss."
     if (cb := next((o for o in learn.cbs if type(o) is Objective), None)) is None: learn.add_cb(cb := Objective())
     return cb
+
+
+if REPAIRS:
+    @patch
+    def accumulate(self: AvgLoss, learn):
+        """Add a batch to the mean of the loss, a cross entropy by the weights of its targets: Σwl/Σw over all samples.
+
+        fastai 2.8.12 averages the batches' weighted means by their number of samples, so that the value depends on the batch size."""
+        ce, targets = cross_entropy_of(learn.loss_func), learn.yb[0]
+        smoothed = isinstance(getattr(learn.loss_func, 'func', learn.loss_func), LabelSmoothingCrossEntropy)    # half of it has no weights
+        if ce is None or ce.reduction == 'sum' or smoothed or len(learn.yb) > 1 or targets.is_floating_point(): return self._orig_accumulate(learn)
+        kept = targets[targets != ce.ignore_index].long()
+        w = kept.new_tensor(kept.numel(), dtype=torch.float32) if ce.weight is None else ce.weight.to(kept.device)[kept].sum()
+        self.total += learn.to_detach(learn.loss.sum() if ce.reduction == 'none' else torch.where(w > 0, learn.loss*w, 0.))
+        self.count += learn.to_detach(w)

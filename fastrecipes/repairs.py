@@ -5,7 +5,7 @@ from functools import partial
 import cloudpickle
 import numpy as np
 import torch
-from fastai.basics import AvgLoss, Callback, CancelEpochException, L, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, Recorder, noop, patch
+from fastai.basics import Callback, CancelEpochException, L, LabelSmoothingCrossEntropyFlat, Learner, Recorder, noop, patch
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder, ParamScheduler, SuggestionMethod, combined_cos
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastrecipes.errors import BadValue, nearest
-from fastrecipes.losses.classification import cross_entropy_of
 
 __all__ = ['REPAIRS', 'fitting']
 REPAIRS = os.environ.get('FASTRECIPES_REPAIRS', '1') != '0'
@@ -130,19 +129,6 @@ if REPAIRS:
     @patch
     def after_fit(self: Recorder):              # noqa: F811
         vars(self).update(vars(self).pop('of_fit', {}))
-
-    @patch
-    def accumulate(self: AvgLoss, learn):
-        """Add a batch to the mean of the loss, a cross entropy by the weights of its targets: Σwl/Σw over all samples.
-
-        fastai 2.8.12 averages the batches' weighted means by their number of samples, so that the value depends on the batch size."""
-        ce, targets = cross_entropy_of(learn.loss_func), learn.yb[0]
-        smoothed = isinstance(getattr(learn.loss_func, 'func', learn.loss_func), LabelSmoothingCrossEntropy)    # half of it has no weights
-        if ce is None or ce.reduction == 'sum' or smoothed or len(learn.yb) > 1 or targets.is_floating_point(): return self._orig_accumulate(learn)
-        kept = targets[targets != ce.ignore_index].long()
-        w = kept.new_tensor(kept.numel(), dtype=torch.float32) if ce.weight is None else ce.weight.to(kept.device)[kept].sum()
-        self.total += learn.to_detach(learn.loss.sum() if ce.reduction == 'none' else torch.where(w > 0, learn.loss*w, 0.))
-        self.count += learn.to_detach(w)
 
     @patch
     def export(self: Learner, fname='export.pkl', pickle_module=cloudpickle, pickle_protocol=2):

@@ -6,7 +6,7 @@ from fastai.data.core import TfmdDL
 from fastai.vision.augment import Brightness, Contrast, Flip, LightingTfm, AffineCoordTfm, Rotate, Warp, Zoom, setup_aug_tfms
 
 from fastrecipes.data.keyed import keyed, per_sample, with_train
-from fastrecipes.data.loaders import glance, shapes
+from fastrecipes.data.loaders import first_sample, shapes
 from fastrecipes.errors import BadValue
 from fastrecipes.technique import say, technique
 
@@ -36,7 +36,7 @@ def augment(self: Learner, flip: bool = True, rotate: float = 10., zoom: float =
     applied to, 0–1. Each image draws by (seed, epoch, sample). Raises `ValueError` outside these ranges."""
     for name, value, lo, hi in (('rotate', rotate, 0, 180), ('zoom', zoom, 1, 2), ('warp', warp, 0, .5), ('lighting', lighting, 0, .9), ('p', p, 0, 1)):
         if not lo <= value <= hi: raise BadValue(f'augment: {name} must be {lo} to {hi}, got {value}')
-    seen = glance(self.dls)
+    seen = first_sample(self.dls)
     if not seen or not isinstance(self.dls.train, TfmdDL) or not isinstance(x := seen[0][0], TensorImage) or x.ndim != 4:
         got = f'{type(seen[0][0]).__name__} {shapes(seen[0][:1])}' if seen else type(self.dls.train).__name__
         raise BadValue(f'augment: needs a loader of images (TensorImage), for its transforms pass over others, got {got}; '

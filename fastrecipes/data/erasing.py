@@ -3,7 +3,7 @@ import torch
 from fastai.basics import Learner
 
 from fastrecipes.data.keyed import keyed
-from fastrecipes.data.loaders import glance, shapes
+from fastrecipes.data.loaders import first_sample, shapes
 from fastrecipes.data.mixing import Mix
 from fastrecipes.errors import BadValue
 from fastrecipes.technique import TechniqueCallback, put, say, technique
@@ -54,6 +54,6 @@ def cutout(self: Learner, size: int = 16) -> Learner:
     outside. It is filled with 0, the mean colour of normalised images. Masks stay as they are: the network must guess what is hidden.
     Each image draws by (seed, epoch, sample). Raises `ValueError` for a size below 1 or above the images', and for inputs that are no images."""
     if size < 1: raise BadValue(f'cutout: size must be at least 1 px, got {size}')
-    if seen := glance(self.dls): _check(size, seen[0])
+    if seen := first_sample(self.dls): _check(size, seen[0])
     keyed(self)
     return put(self, Cutout(size))

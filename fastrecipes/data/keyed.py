@@ -175,11 +175,11 @@ def keyed(learn: Learner, seed: int | None = None) -> Keyed:
     "The `Keyed` callback of `learn`; the first call adds it and turns a plain training `TfmdDL`, or one of a table, into a `KeyedDL`."
     if (cb := next((o for o in learn.cbs if type(o) is Keyed), None)) is None:
         learn.add_cb(cb := Keyed(seed))
-    if cls := _keyed_kind(learn.dls.train): learn.dls = with_train(learn.dls, learn.dls.train.new(cls=cls, seed=cb.seed))
+    if cls := keyed_kind(learn.dls.train): learn.dls = with_train(learn.dls, learn.dls.train.new(cls=cls, seed=cb.seed))
     return cb
 
 
-def _keyed_kind(dl):
+def keyed_kind(dl):
     """What a loader becomes when it is keyed; None for one that draws by a plan of its own, or is keyed.
 
     fastai 2.8.12 loads every table by `TabWeightedDL`, which without weights still draws with replacement: a third of the rows sit an epoch out."""

@@ -16,7 +16,7 @@ from fastrecipes.data.splits import split
 from fastrecipes.errors import BadValue
 from fastrecipes.randomness import forked
 
-__all__ = ['as_dataloaders', 'glance', 'labels_of', 'shapes', 'Indexed']
+__all__ = ['as_dataloaders', 'first_sample', 'labels_of', 'samples', 'shapes', 'Indexed']
 
 
 class Indexed:
@@ -84,16 +84,20 @@ def _classes(dataset) -> list:
     return list(range(int(max(labels_of(dataset)))+1)) if len(dataset) else []
 
 
-def glance(dls: DataLoaders) -> tuple[tuple, tuple] | None:
+def samples(dl, n: int):
+    "The first `n` samples as a batch, made in this process as the loader would, and only as many as there are; None where it takes an iteration to know."
+    if isinstance(dl, TfmdDL) and dl.indexed and not dl.prebatched and len(dl.dataset):
+        dl.before_iter()                                # tells its transforms which side this is; each iteration does
+        b = dl.do_batch([o for i in range(min(n, len(dl.dataset))) if (o := dl.do_item(i)) is not None])
+        return dl.after_batch(b if dl.device is None else to_device(b, dl.device))
+    if isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset) and dl.batch_size and len(dl.dataset):
+        return dl.collate_fn([dl.dataset[i] for i in range(min(n, len(dl.dataset)))])
+
+
+def first_sample(dls: DataLoaders) -> tuple[tuple, tuple] | None:
     "(inputs, targets) of the first training sample, as a batch of one; None where it takes an iteration to know. No draw is felt outside."
-    dl = dls.train
-    with forked('glance'):
-        if isinstance(dl, TfmdDL) and dl.indexed and not dl.prebatched and len(dl.dataset):
-            dl.before_iter()                            # tells its transforms which side this is; each iteration does
-            b = dl.do_batch([dl.do_item(0)])
-            b = dl.after_batch(b if dl.device is None else to_device(b, dl.device))
-        elif isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset) and dl.batch_size and len(dl.dataset): b = dl.collate_fn([dl.dataset[0]])
-        else: return None
+    with forked('glance'): b = samples(dls.train, 1)
+    if b is None: return None
     i = getattr(dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
     return tuple(b[:i]), tuple(b[i:])
 

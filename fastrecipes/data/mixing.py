@@ -4,7 +4,7 @@ from fastai.basics import Learner
 from fastai.callback.training import GradientAccumulation
 
 from fastrecipes.data.keyed import keyed
-from fastrecipes.data.loaders import glance, shapes
+from fastrecipes.data.loaders import first_sample, shapes
 from fastrecipes.errors import BadValue
 from fastrecipes.objective import check_mixable, objective
 from fastrecipes.technique import TechniqueCallback, say, technique
@@ -96,7 +96,7 @@ def _check_paste(xb):
 
 def _mix(learn: Learner, kind: str) -> Mix:
     "The `Mix` of `learn`; the first call adds it. Refuses, before that, data that cannot be mixed by `kind`."
-    if seen := glance(learn.dls):
+    if seen := first_sample(learn.dls):
         (_check_blend if kind == 'mixup' else _check_paste)(seen[0])
         if kind == 'mixup' or not _are_masks(*seen): check_mixable(kind, learn.loss_func, seen[1])
     keyed(learn)

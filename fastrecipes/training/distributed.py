@@ -12,7 +12,7 @@ from fastai.data.core import TfmdDL
 from fastai.distributed import DistributedDataParallel, DistributedTrainer
 from torch import distributed
 
-from fastrecipes.data.keyed import Keyed, KeyedDL, keyed
+from fastrecipes.data.keyed import Keyed, KeyedDL, keyed, keyed_kind
 from fastrecipes.errors import BadValue, PeerGone
 from fastrecipes.objective import objective
 from fastrecipes.repairs import fitting
@@ -73,7 +73,7 @@ class Distributed(TechniqueCallback, DistributedTrainer):
         if self.inner is not None: self.learn.model, self.inner = self.inner, None
 
 
-def _keyed(dl) -> KeyedDL: return dl if isinstance(dl, KeyedDL) else dl.new(cls=KeyedDL)
+def _keyed(dl) -> KeyedDL: return dl if isinstance(dl, KeyedDL) else dl.new(cls=keyed_kind(dl) or KeyedDL)
 
 
 def _gathered(t, n: int):

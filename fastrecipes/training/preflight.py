@@ -6,39 +6,32 @@ import math
 import os
 import re
 import shutil
-import sys
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property, partial, wraps
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.basics import BaseLoss, CastToTensor, FocalLoss, L, Learner, TensorCategory, get_model, patch, to_device
+from fastai.basics import BaseLoss, FocalLoss, L, Learner, TensorCategory, get_model, patch
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.hook import HookCallback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import Datasets, TfmdDL
 from fastai.distributed import ParallelTrainer
-from fastai.learner import _cast_tensor
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, Subset
 
 from fastrecipes.data.keyed import Keyed
 from fastrecipes.data.loaders import Indexed, labels_of
 from fastrecipes.errors import BadValue, few, nearest
 from fastrecipes.losses.classification import CrossEntropy, cross_entropy_of
-from fastrecipes.randomness import forked
 from fastrecipes.technique import TECHNIQUES
 from fastrecipes.training.finite import FiniteLoss
+from fastrecipes.training.glance import Glance, glance
 from fastrecipes.training.stopping import EarlyStop, monitored
 
 __all__ = ['problems']
@@ -46,7 +39,6 @@ __all__ = ['problems']
 MB, FLOAT = 1e6, 4                              # bytes
 ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss,
                F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
-KNOWN = (ParamScheduler, MixedPrecision, MixHandler, HookCallback, CastToTensor, GradientAccumulation)     # they leave a batch in its shape and type
 DOUBLES = {MixHandler: ('mixup', 'cutmix'), GradientAccumulation: ('grad_accum',), GradientClip: ('grad_clip',), MixedPrecision: (), ParallelTrainer: ()}
 
 
@@ -87,30 +79,7 @@ class Start:
         return list(vocab[-1]) if vocab and isinstance(vocab[-1], (list, tuple, L)) else vocab      # texts have a vocabulary of words too
 
     @cached_property
-    def glance(self) -> 'Glance | None':
-        """Two samples and what the network makes of them; None where that is not to be had, or would not be what training does.
-
-        Where it fails, a whole batch is tried, in case the network is made for its size."""
-        device, model = _device_of(get_model(self.learn.model)), get_model(self.learn.model)
-        if device is None or any(map(_meddles, self.cbs)): return None
-        bs = getattr(dl := self.learn.dls.train, 'bs', None) or getattr(dl, 'batch_size', None) or 2
-        for n in (2,) if _is_empty(dl) else sorted({2, bs}):
-            with _unseen(device, getattr(dl, 'device', None)):
-                if not isinstance(b := _samples(dl, n), (list, tuple)): return None
-                i = getattr(self.learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)            # as the Learner splits a batch
-                xb, yb = _cast_tensor(to_device(tuple(b[:i]), device)), _cast_tensor(to_device(tuple(b[i:]), device))
-                try: return Glance(xb, yb, _answer(model, xb))
-                except Exception as e: glance = Glance(xb, yb, error=e)
-        return glance
-
-
-@dataclass
-class Glance:
-    "Inputs, targets, and what the network answers or raises."
-    xb: tuple
-    yb: tuple
-    pred: object = None
-    error: Exception | None = None
+    def glance(self) -> Glance | None: return glance(self.learn, self.cbs)
 
 
 def batches(start: Start) -> Iterator[str]:
@@ -185,7 +154,7 @@ def loss(start: Start) -> Iterator[str]:
         fix = 'flatten both (MSELossFlat()), or reshape one' if g.pred.numel() == y.numel() else f'the model must give as many numbers as a sample has targets, {math.prod(y.shape[1:])}'
         yield f'{who} compares number by number, and the shapes differ ({got}); {fix}'
         return
-    try: values = _differentiated(f, g)
+    try: values = g.differentiated(f)
     except Exception as e:
         if not _is_known(f) or 'same device' in str(e): return      # a loss of one's own may need what only training has
         if start.classes and y.is_floating_point(): fix = 'make the targets class numbers (y.long()), or take a loss for numbers: MSELossFlat(), BCEWithLogitsLossFlat()'
@@ -306,59 +275,6 @@ def _out_of_range(start: Start, y, c: int) -> list[int]:
     "The targets of all training samples, where they are known, else of the two at hand, that are no class of `c`."
     seen = set(y.unique().tolist()) | ({*start.labels.tolist()} if start.labels is not None else set())
     return sorted(v for v in seen if v != start.classes.ignore_index and not 0 <= v < c)
-
-
-def _differentiated(f, g: Glance):
-    "The loss of what was glanced at, after its gradient by the outputs was taken."
-    many = isinstance(g.pred, (list, tuple))
-    leaves = [p.detach().requires_grad_(p.is_floating_point()) for p in (g.pred if many else (g.pred,))]
-    with _unseen(leaves[0].device), torch.enable_grad():
-        values = f(type(g.pred)(leaves) if many else leaves[0], *g.yb)
-        if isinstance(values, torch.Tensor) and values.numel() == 1 and values.requires_grad: torch.autograd.grad(values.sum(), leaves, allow_unused=True)
-    return values
-
-
-def _device_of(model) -> torch.device | None:
-    "Where a network lies, if it lies in one place, ready to compute."
-    tensors = [*model.parameters(), *model.buffers()]
-    where = {t.device for t in tensors}
-    return where.pop() if len(where) == 1 and not any(t.is_meta or is_lazy(t) for t in tensors) else None
-
-
-def _meddles(cb) -> bool:
-    "Whether a callback may change what the network gets or the loss is made of, in a way that is not known here."
-    ours = type(cb).__module__.startswith('fastrecipes.')
-    return not ours and not isinstance(cb, KNOWN) and any(getattr(type(cb), e, None) or e in vars(cb) for e in ('before_batch', 'after_pred', 'after_loss'))
-
-
-def _samples(dl, n: int):
-    "The first `n` training samples as a batch, made in this process as the loader would; None for a loader of another kind."
-    if isinstance(dl, TfmdDL) and dl.indexed and not dl.prebatched:
-        dl.before_iter()                        # tells its transforms that this is training; each iteration does
-        items = [o for i in range(min(n, dl.n)) if (o := dl.do_item(i)) is not None]
-        b = dl.do_batch(items)
-        return dl.after_batch(b if dl.device is None else to_device(b, dl.device))
-    if isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset) and dl.batch_size:
-        return dl.collate_fn([dl.dataset[i] for i in range(min(n, len(dl.dataset)))])
-
-
-@contextmanager
-def _unseen(*devices: torch.device | None):
-    "A block without gradients of which no draw, warning or compilation is felt outside."
-    eager = torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
-    with forked('preflight'), torch.random.fork_rng({d for d in devices if d is not None and d.type == 'cuda'}), torch.no_grad(), warnings.catch_warnings(), eager:
-        warnings.simplefilter('ignore')
-        yield
-
-
-def _answer(model: nn.Module, xb: tuple):
-    "What a network answers in evaluation mode; then modes and buffers (batch statistics, observers) are as they were."
-    was, modes, buffers = model.training, [(m, m.training) for m in model.modules()], [(b, b.clone()) for b in model.buffers()]
-    try: return model.eval()(*xb)
-    finally:
-        model.train(was)                        # and not only the flags: some layers (LoRA) merge their weights in `eval`
-        for m, mode in modes: m.training = mode
-        for b, before in buffers: b.copy_(before)
 
 
 def _name(f) -> str:
