@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 
 from fastrecipes import __version__
 from fastrecipes.errors import BadValue, NotThere, PeerGone, UserError
@@ -20,7 +21,8 @@ from fastrecipes.files import whole, writes
 
 __all__ = ['RunFolder', 'load_run', 'command_line']
 
-RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, CHECKPOINT = 'recipe.yaml', 'provenance.json', 'learner.pkl', 'compressed.json', 'compressed.onnx', 'checkpoint'
+RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, CHECKPOINT, LOCK = ('recipe.yaml', 'provenance.json', 'learner.pkl', 'compressed.json',
+                                                                         'compressed.onnx', 'checkpoint', '.lock')
 OURS = (RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, 'history.csv', 'report.html', f'{CHECKPOINT}/*.pt',                         # all that
         'bundle/model.onnx', 'bundle/bundle.json', 'bundle/requirements.txt', 'bundle/serve.pyz', 'bundle/Dockerfile')           # overwrite removes
 PACKAGES = ('torch', 'torchvision', 'fastai', 'timm', 'onnxruntime', 'onnx', 'numpy', 'pillow')
@@ -44,6 +46,8 @@ class RunFolder:
         path = Path(out) if out else _fresh(Path('runs'), recipe)
         provenance = _provenance(recipe, arguments)
         if writes():
+            if path.is_dir():
+                with _held(path): pass
             provenance |= _take(path, recipe, arguments, overwrite)
             try: path.mkdir(parents=True, exist_ok=True)
             except OSError as e: raise BadValue(f'out: {path} cannot be created: {e.strerror.lower()}') from e
@@ -77,7 +81,7 @@ class RunFolder:
         A user's mistake ends it, too; a folder in which nothing has happened yet then goes again."""
         from fastrecipes.training.resume import resumable
         try:
-            with resumable(self.path/CHECKPOINT): yield self
+            with _held(self.path), resumable(self.path/CHECKPOINT): yield self
         except PeerGone as e: raise PeerGone(f'{e}; to go on: {self.way_on}') from e
         except UserError:
             if writes() and {p.name for p in self.path.iterdir()} <= {RECIPE, PROVENANCE}:
@@ -151,6 +155,23 @@ def _fresh(root: Path, recipe: str) -> Path:
     return next(p for i in range(1, 10**6) if not (p := root/(name if i == 1 else f'{name}-{i}')).exists())
 
 
+@contextmanager
+def _held(path: Path):
+    "A block during which no other process works in `path`; its lock goes with the process that holds it, however that ends."
+    if not writes():
+        yield
+        return
+    lock = FileLock(path/LOCK, timeout=0)
+    try: lock.acquire()
+    except Timeout: raise BadValue(f'out: another process is at work in {path}; wait for it, or name another --out') from None
+    except OSError: lock = None                  # a folder that cannot be written to says so itself, some file systems have no locks
+    try: yield
+    finally:
+        if lock:
+            (path/LOCK).unlink(missing_ok=True)
+            lock.release()
+
+
 def _take(path: Path, recipe: str, arguments: dict, overwrite: bool) -> dict:
     "Raise where `path` holds what must stay; clear it where it may go; where a run is gone on with, say so and give what is known of its beginning."
     if path.exists() and not path.is_dir(): raise BadValue(f'out: {path} is a file; name a folder')
@@ -189,9 +210,9 @@ def _clear(path: Path) -> dict:
 
 
 def _temporary(p: Path) -> bool:
-    "A half-written file of a run that was killed: `.name.pid.tmp`."
+    "A half-written file of a run that was killed, `.name.pid.tmp`, or its lock."
     parts = p.name.split('.')
-    return len(parts) > 3 and parts[0] == '' and parts[-1] == 'tmp' and parts[-2].isdigit()
+    return p.name == LOCK or len(parts) > 3 and parts[0] == '' and parts[-1] == 'tmp' and parts[-2].isdigit()
 
 
 def _read(file: Path) -> dict:

@@ -122,6 +122,35 @@ def test_the_losses_and_the_gradient_of_a_step_equal_the_values_by_hand(names):
     assert float((mine-theirs).norm()/theirs.norm()) < (2e-2 if low(names) else 1e-4)       # in 16 bits sums depend on their order
 
 
+class Before(Callback):
+    "The pictures of each training batch before they are mixed."
+    order = -5
+    def before_fit(self): self.seen = []
+    def before_batch(self): self.seen += [self.learn.xb[0].clone()] if self.learn.training else []
+
+
+def seen_in(pictures, i, mixed):
+    "(partner, share) of a picture that was blended, or pasted over, with one of `pictures`: found by looking at its pixels only."
+    own = pictures[i]
+    for j, other in enumerate(pictures):
+        visible = (mixed == own).all(0)
+        if bool((visible | (mixed == other).all(0)).all()): return j, float(visible.float().mean())
+        share = float(((mixed-other)*(own-other)).sum()/(own-other).square().sum()) if i != j else 1.
+        if torch.allclose(mixed, share*own + (1-share)*other, atol=1e-5): return j, share
+
+
+@pytest.mark.parametrize('names', [('mixup',), ('cutmix',), ('cutmix', 'mixup')], ids='+'.join)
+def test_the_mixture_that_the_loss_is_told_is_the_one_in_the_pictures(names):
+    learn = use(learner(), names)
+    learn.fit(2, 0., cbs=[before := Before(), batches := Batches()])
+    assert len(batches.seen) == len(before.seen) == 6
+    for pictures, (mixed, _, partner, share) in zip(before.seen, batches.seen):
+        for i in range(len(mixed)):
+            if int(partner[i]) == i: continue       # mixed with itself
+            j, visible = seen_in(pictures, i, mixed[i])
+            assert float(share[i]) == pytest.approx(visible, abs=1e-4) and (visible > .9999 or int(partner[i]) == j)
+
+
 @pytest.mark.parametrize('names', [('mixup', 'label_smoothing'), ('cutmix', 'label_smoothing'), ('mixup', 'cutmix', 'label_smoothing')], ids='+'.join)
 def test_soft_targets_sum_to_1_however_they_came_about(names):
     "A network that answers 0 finds every class equally likely: its loss is Σt·log c, so log c where targets sum to 1."

@@ -46,6 +46,33 @@ def test_provenance_tells_versions_and_ends_with_finished(tmp_path):
     assert p['versions']['python'] == sys.version.split()[0] and p['versions']['torch'].split('+')[0] == torch.__version__.split('+')[0]
 
 
+def test_a_folder_in_which_another_process_is_at_work_is_refused(tmp_path):
+    with RunFolder.open('pipeline', ARGS, out=tmp_path/'run').under_way():
+        for overwrite in (False, True):
+            with pytest.raises(BadValue, match='out: another process is at work in .*run; wait for it, or name another --out'):
+                RunFolder.open('pipeline', ARGS, out=tmp_path/'run', overwrite=overwrite)
+    assert names(tmp_path/'run') == ['provenance.json', 'recipe.yaml']
+    RunFolder.open('pipeline', ARGS, out=tmp_path/'run')
+
+
+def test_a_run_that_goes_on_remembers_when_it_began_and_on_what_images(tmp_path, capsys):
+    from types import SimpleNamespace
+    images = lambda fingerprint: SimpleNamespace(holdings=SimpleNamespace(fingerprint=fingerprint))
+    first = RunFolder.open('pipeline', ARGS, out=tmp_path/'run')
+    first.note_data(images('abc'))
+    again = RunFolder.open('pipeline', ARGS, out=tmp_path/'run')
+    assert again.provenance['started_at'] == first.provenance['started_at'] and len(again.provenance['went_on_at']) == 1
+    again.note_data(images('abc'))
+    with pytest.raises(BadValue, match='path: the images have changed since the run'): again.note_data(images('abd'))
+
+
+@pytest.mark.parametrize('extra, way', [({}, 'fastrecipes pipeline photos --arch resnet18 --epochs 5 --lr find --mixup 0.4 --augment.flip false --out'),
+                                        (dict(path='<DataLoaders>'), "call pipeline again with the same arguments and out='")])
+def test_ctrl_c_says_how_to_go_on(tmp_path, extra, way):
+    with pytest.raises(KeyboardInterrupt, match=re.escape(f'interrupted; to go on: {way}')):
+        with RunFolder.open('pipeline', ARGS | extra, out=tmp_path/'run').under_way(): raise KeyboardInterrupt
+
+
 def test_an_unfinished_run_of_the_same_recipe_starts_again(tmp_path, capsys):
     RunFolder.open('pipeline', ARGS, out=tmp_path/'run').write_text('history.csv', 'old\n')
     again = RunFolder.open('pipeline', ARGS, out=tmp_path/'run')
