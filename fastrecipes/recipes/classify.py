@@ -51,7 +51,7 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
         schedule: how the rate moves: flat_cos or one_cycle
         seed: of the split and of every draw
         workers: processes that decode images
-        out: the run folder to write
+        out: the run folder; a run that was cut off there goes on
         overwrite: replace the run in that folder
     """
     asked = dict(locals())

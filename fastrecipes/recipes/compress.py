@@ -53,7 +53,7 @@ def compress(learn: Learner | str, student: str | None = None, *, prune: float |
         alpha: weight of the teacher beside the labels, 0 to 1
         pretrained: start the student from trained weights
         seed: of every draw
-        out: the run folder to write
+        out: the run folder; a run that was cut off there goes on
         overwrite: replace the run in that folder
     """
     asked = dict(locals())

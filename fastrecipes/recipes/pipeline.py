@@ -77,7 +77,7 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
         quantize: static (weights and activations in 8 bits); false: not
         tolerance: points of validation accuracy that a stage of compression may cost; it is rolled back if it costs more
         compress_epochs: passes over the training data for the student, and again to fine-tune what was pruned (default: epochs)
-        out: the run folder to write (default: runs/pipeline-<date-time>)
+        out: the run folder; a run that was cut off there goes on (default: runs/pipeline-<date-time>)
         overwrite: replace the run in that folder
     """
     asked = dict(locals())
@@ -133,7 +133,7 @@ def demo(path: str | None = None, *, out: str | None = None, seed: int = 42, ove
 
     Args:
         path: a folder of images, one sub-folder a class (default: the digits)
-        out: the run folder to write (default: runs/demo-<date-time>)
+        out: the run folder; a run that was cut off there goes on (default: runs/demo-<date-time>)
         seed: of the split and of every draw
         overwrite: replace the run in that folder
     """
