@@ -58,3 +58,16 @@ def test_its_first_two_batches_are_different_or_it_says_why_not(name):
     same = all(a.shape == b.shape and bool((a == b).all()) for a, b in zip(*seen, strict=True))
     watches = not TECHNIQUES[name].touches                                       # looks on, and may stop
     assert not same or watches or any(word in learn.techniques[name].effect for word in ('nothing', 'already', '32 bits'))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_it_may_come_between_two_fits_and_what_it_does_to_weights_lasts(name):
+    "The optimizer has momentum by then: it must not bring back what was taken away."
+    learn = learner(256)
+    learn.fit(1, 3e-3)
+    use(learn, name)
+    gone = [p == 0 for p in learn.model.parameters()]
+    assert 'weights' not in TECHNIQUES[name].touches or any(z.float().mean() > .1 for z in gone)
+    learn.fit(1, 3e-3)
+    assert learn.recorder.values[-1][0] < 2.3 and len(learn.techniques[name].effect) > 10           # below that of guessing
+    if 'weights' in TECHNIQUES[name].touches: assert all(bool((p[z] == 0).all()) for p, z in zip(learn.model.parameters(), gone))
