@@ -122,6 +122,26 @@ def test_the_losses_and_the_gradient_of_a_step_equal_the_values_by_hand(names):
     assert float((mine-theirs).norm()/theirs.norm()) < (2e-2 if low(names) else 1e-4)       # in 16 bits sums depend on their order
 
 
+class Steps(Callback):
+    "The gradient of every step, and how many batches had gone by."
+    order = 60
+    def __init__(self, batches): self.batches, self.taken = batches, []
+    def before_step(self): self.taken.append((len(self.batches.seen), [p.grad.clone() for p in self.learn.model.parameters()]))
+
+
+@pytest.mark.parametrize('names', [('grad_accum',), *(p for p in PAIRS if 'grad_accum' in p)], ids='+'.join)
+def test_an_epoch_of_steps_leaves_no_batch_out(names):
+    "Three batches, steps of two: the second step has the last batch alone, at its own scale."
+    learn = use(learner(), names)
+    batches = Batches()
+    learn.fit(1, 0., cbs=[batches, steps := Steps(batches)])                    # at a rate of 0 the network stays the one of the first batch
+    assert [n for n, _ in steps.taken] == [2, 3]
+    model = getattr(batches.before, 'module', batches.before)
+    for part, (_, grads) in zip((batches.seen[:2], batches.seen[2:]), steps.taken):
+        mine, theirs = (torch.cat([g.flatten() for g in gs]) for gs in (grads, step_by_hand(model, part, names)))
+        assert float((mine-theirs).norm()/theirs.norm()) < (2e-2 if low(names) else 1e-4)
+
+
 class Before(Callback):
     "The pictures of each training batch before they are mixed."
     order = -5
