@@ -2,7 +2,7 @@
 
     python bench/mutations.py [NAME …] [--write]
 
-Each mutant is a copy of the package with one piece of text replaced; the contract runs on it for that technique (`-k NAME`). A mutant that no
+Each mutant is a copy of the package with one piece of text replaced; the contract runs on it for that technique (`-k NAME`, without `to_`). A mutant that no
 clause notices is a hole in the contract, and the exit code says so. `--write` puts the table into bench/RESULTS.md."""
 import argparse
 import os
@@ -61,7 +61,7 @@ def caught(name: str, file: str, before: str, after: str) -> Counter:
         if text.count(before) != 1: sys.exit(f'{name}: {before!r} is {text.count(before)} times in {file}: the mutant must be written anew')
         if 'GENERATOR' in after: text = text.replace('\nclass ', '\nGENERATOR = torch.Generator()\nGENERATOR.seed()\n\n\nclass ', 1)
         target.write_text(text.replace(before, after), encoding='utf8')
-        run = subprocess.run([sys.executable, '-m', 'pytest', 'tests/contract', '-k', f'{name} and not kill', '--tb=no', '-rfE', '-p', 'no:cacheprovider', '-W', 'ignore'],
+        run = subprocess.run([sys.executable, '-m', 'pytest', 'tests/contract', '-k', f'{name.removeprefix("to_")} and not kill', '--tb=no', '-rfE', '-p', 'no:cacheprovider', '-W', 'ignore'],
                              cwd=folder, env=os.environ | dict(PYTHONPATH=folder), capture_output=True, text=True)
     failed = re.findall(r'^(?:FAILED|ERROR) tests/contract/test_(\w+)\.py', run.stdout, re.M)
     if run.returncode not in (0, 1) or run.returncode and not failed: sys.exit(run.stdout[-2000:] + run.stderr[-2000:])
