@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from itertools import islice
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -37,7 +36,7 @@ def resumable(folder, every: int | None = None):
     `every`: batches between two checkpoints (default: as many as keep writing under 5 % of the time); one more at each start of an epoch
     and after each fit. A checkpoint is written whole or not at all and replaces the one before; when the block comes to its end they are
     removed. Seed before the Learners are made, and make the same Learners with the same techniques each time: only fits are remembered.
-    Raises `ValueError` for checkpoints of another program."""
+    Raises `ValueError` for checkpoints of another network, and for training loaders that are not fastai's."""
     if not REPAIRS: raise BadValue('resumable: needs the mends of fastai; unset FASTRECIPES_REPAIRS')
     if every is not None and every < 1: raise BadValue(f'resumable: every must be ≥ 1 batch, got {every}')
     run = _Run(Path(folder), every)
@@ -90,6 +89,8 @@ class _Act:
         self.saved = _read(file)
         self.due = self.saved and _Place(*self.saved['place'])      # where this session is to go on; None once it has
         keyed(learn)
+        if not isinstance(dl := learn.dls.train, KeyedDL):
+            raise BadValue(f'resumable: a {type(dl).__name__} draws its order anew, and no run could go on in the middle of it; give the data to `as_dataloaders`')
         learn.preflight(folder=file.parent)
         if self.due: self._check(learn)
 
@@ -169,12 +170,10 @@ def _wrap_the_loop():
         if not act: return all_batches(self)
         self.n_iter, first = len(self.dl), act.begin(self)
         if first >= self.n_iter: return
-        ours = isinstance(self.dl, KeyedDL)
-        if ours: self.dl.first = first
+        self.dl.first = first
         try:
-            for i, b in enumerate(self.dl if ours else islice(self.dl, first, None), first): self.one_batch(i, b)
-        finally:
-            if ours: self.dl.first = 0
+            for i, b in enumerate(self.dl, first): self.one_batch(i, b)
+        finally: self.dl.first = 0
 
     Learner.fit, Learner.all_batches = resumable_fit, resumed_batches
 

@@ -177,6 +177,13 @@ def test_checkpoints_of_another_program_are_refused(tmp_path):
         with resumable(tmp_path/'run', every=0): pass
 
 
+def test_a_loader_whose_order_cannot_be_gone_on_with_is_refused(tmp_path):
+    learn = learner(256)
+    learn.dls.loaders[0] = torch.utils.data.DataLoader(learn.dls.train_ds, 64, shuffle=True)
+    with pytest.raises(ValueError, match='resumable: a DataLoader draws its order anew.*give the data to `as_dataloaders`'):
+        with resumable(tmp_path/'run'): learn.fit(1)
+
+
 def test_writing_takes_a_bounded_share_of_the_time(tmp_path, monkeypatch):
     "With a clock of our own: a batch takes 1 s, writing 2 s: a checkpoint every 40 batches is 5 %."
     now, saves = [0.], []
