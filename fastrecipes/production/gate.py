@@ -12,7 +12,7 @@ from fastrecipes.errors import BadValue
 from fastrecipes.production.bundle import answers
 from fastrecipes.production.export import graph_of, input_contract, served
 from fastrecipes.production.predictor import Graph
-from fastrecipes.production.timing import image_times
+from fastrecipes.production.timing import image_times, medians, surely
 from fastrecipes.report import intervals
 from fastrecipes.report.intervals import Difference, Estimate
 from fastrecipes.report.run_folder import GRAPH, STAGES
@@ -144,17 +144,18 @@ class Gate:
             return False
         predicted = self._predict(candidate.graph)
         change = intervals.difference(self.sides['valid'][1], predicted['valid'], self.predicted['valid'])
-        ms, _ = self._time({'before': self.graph, 'after': candidate.graph}, eager=False)
-        kept, reason = self._judge(change, len(candidate.graph)/len(self.graph), ms['after']/ms['before'])
+        ms = self._time({'before': self.graph, 'after': candidate.graph})
+        kept, reason = self._judge(change, len(candidate.graph)/len(self.graph), surely(**ms))
         self._add(self._stage(name, candidate.graph, predicted, kept, reason, candidate.proof, change), candidate.graph)
         if kept: self.graph, self.learn, self.quantized = candidate.graph, candidate.learn or self.learn, candidate.learn is None
         return kept
 
     def compressed(self) -> Compressed:
         "What was accepted, with the latencies of all stages taken anew in one run."
-        ms, eager = self._time({i: g for i, g in enumerate(self.graphs) if g is not None})
+        graphs = {i: g for i, g in enumerate(self.graphs) if g is not None}
+        ms = medians(self._time(graphs, eager=lambda pixels: self.eager(torch.from_numpy(pixels))))
         stages = [replace(s, latency_ms=ms.get(i)) for i, s in enumerate(self.stages)]
-        return Compressed(self.learn, self.graph, stages, self.tolerance, eager, self.quantized)
+        return Compressed(self.learn, self.graph, stages, self.tolerance, ms['eager'], self.quantized)
 
     def _judge(self, change: Difference, size: float, time: float) -> tuple[bool, str]:
         if costs_too_much(change, self.tolerance):
@@ -177,9 +178,7 @@ class Gate:
         run = Graph(graph)
         return {side: answers(run, items, self.contract).argmax(1) for side, (items, _) in self.sides.items()}
 
-    def _time(self, graphs: dict, eager: bool = True) -> tuple[dict, float | None]:
-        "Median ms for one image through each graph, and through the original in eager torch; in a run that goes on, what was measured before: it decides."
-        runs = {name: Graph(g, threads=1) for name, g in graphs.items()}
-        if eager: runs['eager'] = lambda pixels: self.eager(torch.from_numpy(pixels))
-        ms = dict(remember('times of one image', lambda: image_times(runs, self.contract['size'])[0]))
-        return ms, ms.pop('eager', None)
+    def _time(self, graphs: dict, **others) -> dict[str, list[float]]:
+        "The ms of one image through each graph and each of `others`; in a run that goes on, what was measured before: it decides."
+        runs = {name: Graph(g, threads=1) for name, g in graphs.items()} | others
+        return dict(remember('times of one image', lambda: image_times(runs, self.contract['size'])))

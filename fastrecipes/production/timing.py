@@ -6,28 +6,37 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
-__all__ = ['interleaved', 'image_times']
+__all__ = ['interleaved', 'image_times', 'medians', 'surely']
 
 WARM, PAIRS, PATIENCE = 3, 50, 4.       # rounds before the timing; rounds timed, at most, and for at most so many seconds a contestant
 
 
-def interleaved(runs: Mapping[str, Callable]) -> tuple[dict[str, float], int]:
-    "The median ms of each of `runs`, called in turns with torch on one thread; and the number of rounds, 5 to 50."
-    threads, rounds = torch.get_num_threads(), []
+def interleaved(runs: Mapping[str, Callable]) -> dict[str, list[float]]:
+    "The ms that each of `runs` took in 5 to 50 rounds, called in turns, first one and then the other way round, with torch on one thread."
+    threads, rounds, names = torch.get_num_threads(), [], list(runs)
     torch.set_num_threads(1)
     try:
         with torch.inference_mode():
             started = time.perf_counter()
             while len(rounds) < WARM + 5 or len(rounds) < WARM + PAIRS and time.perf_counter()-started < PATIENCE*len(runs):
-                rounds.append([_ms(run) for run in runs.values()])
+                rounds.append({name: _ms(runs[name]) for name in names})
+                names.reverse()
     finally: torch.set_num_threads(threads)
-    return {name: round(statistics.median(times), 4) for name, times in zip(runs, zip(*rounds[WARM:]))}, len(rounds)-WARM
+    return {name: [round(r[name], 4) for r in rounds[WARM:]] for name in runs}
 
 
-def image_times(runs: Mapping[str, Callable], size: tuple[int, int]) -> tuple[dict[str, float], int]:
+def image_times(runs: Mapping[str, Callable], size: tuple[int, int]) -> dict[str, list[float]]:
     "`interleaved` for functions of pixels, each given one image of `size` (width, height): uint8 `(1, h, w, 3)`."
     pixels = np.random.default_rng(0).integers(0, 256, (1, size[1], size[0], 3), dtype=np.uint8)
     return interleaved({name: lambda run=run: run(pixels) for name, run in runs.items()})
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]: return {name: round(statistics.median(t), 4) for name, t in times.items()}
+
+
+def surely(after: list[float], before: list[float]) -> float:
+    "`after` as a share of `before`, round by round: not more than this in three rounds of four. Noise alone does not bring it below 1."
+    return float(np.quantile(np.divide(after, before), .75))
 
 
 def _ms(run) -> float:

@@ -16,6 +16,7 @@ from fastrecipes.production.bundle import Bundle
 from fastrecipes.production.export import export_learner
 from fastrecipes.recipes.ship import ship
 from fastrecipes.report.run_folder import RunFolder
+from fastrecipes.training import precision  # noqa: F401  its to_fp16 replaces fastai's
 
 
 def test_the_bundle_answers_as_the_learner_on_every_image_file(shipped):
