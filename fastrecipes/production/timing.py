@@ -31,7 +31,9 @@ def image_times(runs: Mapping[str, Callable], size: tuple[int, int]) -> dict[str
     return interleaved({name: lambda run=run: run(pixels) for name, run in runs.items()})
 
 
-def medians(times: Mapping[str, list[float]]) -> dict[str, float]: return {name: round(statistics.median(t), 4) for name, t in times.items()}
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    "The median of each."
+    return {name: round(statistics.median(t), 4) for name, t in times.items()}
 
 
 def surely(after: list[float], before: list[float]) -> float:

@@ -4,6 +4,7 @@ The Learner: scikit-learn's digits in memory, imbalanced, 16×16 px, a small net
 import pytest
 import torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, nn
+from fastai.data.transforms import Normalize
 from fastai.metrics import accuracy
 from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
@@ -17,9 +18,9 @@ NAMES = sorted(TECHNIQUES)
 
 
 def pictures():
-    "Digits `(n, 1, 16, 16)` in about [−1, 1] with their labels; the classes 5 to 9 come up half as often."
+    "Digits `(n, 1, 16, 16)` in [0, 1] with their labels; the classes 5 to 9 come up half as often."
     d = load_digits()
-    x, y = torch.tensor(d.images, dtype=torch.float32)[:, None]/8-1, torch.tensor(d.target)
+    x, y = torch.tensor(d.images, dtype=torch.float32)[:, None]/16, torch.tensor(d.target)
     kept = [i for i in range(len(y)) if y[i] < 5 or i % 2]
     return nn.functional.interpolate(x[kept], scale_factor=2), y[kept]
 
@@ -30,8 +31,8 @@ X, Y = pictures()
 def learner(n=1024, bs=64, seed=0, n_valid=192) -> Learner:
     "A new Learner on the first `n` digits; equal seeds give equal Learners."
     train, valid = (Indexed(TensorDataset(X[s], Y[s]), vocab=range(10)) for s in (slice(0, n), slice(1024, 1024+n_valid)))
-    dls = DataLoaders(KeyedDL(train, bs, seed=seed, shuffle=True, drop_last=True, num_workers=0), KeyedDL(valid, bs, seed=seed, num_workers=0),
-                      device=torch.device('cpu'))
+    kw = dict(seed=seed, num_workers=0, after_batch=[Normalize.from_stats([.5], [.5], cuda=False)])
+    dls = DataLoaders(KeyedDL(train, bs, shuffle=True, drop_last=True, **kw), KeyedDL(valid, bs, **kw), device=torch.device('cpu'))
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
     learn = Learner(dls, net, CrossEntropyLossFlat(), metrics=accuracy)
