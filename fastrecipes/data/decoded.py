@@ -1,0 +1,114 @@
+"Files of decoded pixels: made once, by as many threads as there are cores, and mapped into the memory of whoever reads them."
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from fastrecipes.errors import BadValue
+
+__all__ = ['NoRoom', 'decode_once', 'in_bytes']
+
+CHUNK, FLUSH = 64, 5.           # images decoded in one go; seconds between two writes of what is done
+
+
+class NoRoom(Exception):
+    "There is no room on the disk for decoded pixels."
+
+
+def decode_once(files: list[Path], how: str, decode: Callable[[Path], np.ndarray], folder: Path, workers: int | None = None) -> Path:
+    """A file in `folder` that holds the pixels of `files`, a NumPy array `(n, …)` of uint8 to be mapped, not read.
+
+    It is made by the first who asks: `decode(file)` gives the pixels of one image, all of one shape, in `workers` threads. Its name
+    depends on the files (path, size, time of change) and on `how`, which says what `decode` does. It appears whole or not at all;
+    decoding that was cut off goes on, and others who ask meanwhile wait. Raises `NoRoom` where the disk is too full."""
+    target = folder/f'{_fingerprint(files, how)}.npy'
+    if target.exists(): return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock := f'{target}.lock'):
+            if not target.exists(): _fill(target, files, decode, workers or min(16, os.cpu_count()))
+        Path(lock).unlink(missing_ok=True)
+    except OSError as e: raise NoRoom(f'{folder} cannot be written: {e.strerror or e}') from None
+    return target
+
+
+def _fingerprint(files, how: str) -> str:
+    digest = blake2b(how.encode(), digest_size=12)
+    for f in files:
+        s = f.stat()
+        digest.update(f'\n{f.resolve()} {s.st_size} {s.st_mtime_ns}'.encode())
+    return digest.hexdigest()
+
+
+def _fill(target: Path, files, decode, workers: int):
+    "Decode into `target.part`, marking in `target.done` what is there, and give it its name when all is."
+    part, done = Path(f'{target}.part'), Path(f'{target}.done')
+    first = decode(files[0])
+    shape, size = (len(files), *first.shape), len(files)*first.size
+    if not (part.exists() and done.exists() and done.stat().st_size == len(files)): _reserve(part, done, shape, size)
+    print(f'cache: {len(files):,} images to decode once, {_px(first.shape)}, {in_bytes(size)} in {target.parent}', flush=True)
+    _decode(np.lib.format.open_memmap(part, 'r+'), np.memmap(done, np.uint8, 'r+'), files, decode, workers)
+    os.replace(part, target)
+    done.unlink()
+
+
+def _decode(pixels, there, files, decode, workers: int):
+    "Fill the rows of `pixels` that `there` does not mark yet."
+    left, finished, last = np.flatnonzero(there == 0), [], time.monotonic()
+
+    def some(rows):
+        for i in rows:
+            one = decode(files[i])
+            if one.shape != pixels.shape[1:]:
+                raise BadValue(f'cache: images must come out in one size, got {_px(one.shape)} for {files[i]} and {_px(pixels.shape[1:])} for {files[0]}; '
+                               'resize them by an item transform')
+            pixels[i] = one
+        return rows
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for rows in pool.map(some, np.array_split(left, -(-len(left)//CHUNK))) if len(left) else ():
+                finished.append(rows)
+                if time.monotonic()-last < FLUSH: continue
+                _mark(pixels, there, finished)
+                last = time.monotonic()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally: _mark(pixels, there, finished)
+
+
+def _mark(pixels, there, finished: list):
+    "Say what is done only once it lies on the disk."
+    pixels.flush()
+    for rows in finished: there[rows] = 1
+    there.flush()
+    finished.clear()
+
+
+def _reserve(part: Path, done: Path, shape, size: int):
+    "Take the room for all pixels now: a file with holes would end in a bus error when the disk fills up."
+    free = shutil.disk_usage(part.parent).free
+    if size > .95*free: raise NoRoom(f'{in_bytes(size)} are needed and {in_bytes(free)} are free in {part.parent}')
+    try:
+        np.lib.format.open_memmap(part, 'w+', np.uint8, shape)
+        with open(part, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, part.stat().st_size)
+        done.write_bytes(bytes(shape[0]))
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise NoRoom(f'{part.parent}: {e.strerror or e}') from None
+    except AttributeError: done.write_bytes(bytes(shape[0]))             # no posix_fallocate outside of Linux
+
+
+def in_bytes(n: int) -> str:
+    "A size in words: 1,234 bytes are `1.2 kB`."
+    return next(f'{n/unit:,.1f} {name}' for unit, name in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')) if n >= unit or name == 'kB')
+
+
+def _px(shape) -> str: return f'{shape[-1]}×{shape[-2]} px'
