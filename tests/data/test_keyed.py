@@ -6,7 +6,7 @@ from fastai.basics import set_seed
 from fastai.data.core import DataLoaders, TfmdDL
 from fasttransform import ItemTransform
 
-from fastrecipes.data.augment import Draw
+from fastrecipes.data.transforms import Draw
 from fastrecipes.data.keyed import KeyedDL, keyed, per_sample
 from fastrecipes.technique import discover
 
