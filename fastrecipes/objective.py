@@ -1,4 +1,4 @@
-"""The training loss, composed: smoothing, class weights and mixed targets meet in one callback, which computes the loss anew after fastai did.
+"""The training loss, composed: smoothing, class weights, moved logits and mixed targets meet in one callback, which computes the loss anew after fastai did.
 
 `learn.loss_func` is never swapped, so validation, `get_preds` and `export` see the data's own loss, also when a fit dies half way."""
 from inspect import signature
@@ -22,7 +22,7 @@ class Objective(TechniqueCallback):
     order, run_valid = GradientAccumulation.order-2, False      # before penalties, before the scaling by accumulation and fp16
 
     def __init__(self):
-        self.smoothing = self.class_weight = self.partner = self.share = None
+        self.smoothing = self.class_weight = self.adjustment = self.partner = self.share = None
         self.distributed = False                # whether other processes hold the rest of each batch
 
     def before_batch(self): self.partner = self.share = None    # what an interrupted batch may have left
@@ -34,7 +34,7 @@ class Objective(TechniqueCallback):
     @property
     def acts(self) -> bool:
         "Whether the loss of the batch in hand is computed anew."
-        return self.smoothing is not None or self.class_weight is not None or self.share is not None
+        return any(o is not None for o in (self.smoothing, self.class_weight, self.adjustment, self.share))
 
     def after_loss(self):
         if not self.learn.training or not len(self.learn.yb): return
@@ -91,6 +91,7 @@ class Objective(TechniqueCallback):
         if self.share is not None: soft = torch.lerp(soft[self.partner], soft, _like(self.share, soft))
         weight = ce.weight if self.class_weight is None else self.class_weight
         smoothing = ce.smoothing if self.smoothing is None else self.smoothing
+        if self.adjustment is not None: logits = logits + self.adjustment.to(logits.device)        # in 32 bits, whatever those of the network
         return soft_cross_entropy(logits.reshape(-1, c), soft.reshape(-1, c), weight, smoothing, ce.reduction)
 
 

@@ -94,7 +94,7 @@ KINDS = dict(
 
 ANYWHERE = 'early_stop grad_accum grad_clip prune to_bf16 to_fp16 to_fp32 to_parallel weight_penalty'.split()
 PICTURES = 'augment cutmix cutout mixup'.split()
-OF_CLASSES = 'class_weights distill label_smoothing'.split()
+OF_CLASSES = 'class_weights distill label_smoothing logit_adjustment'.split()
 WORKS = dict(multi_label=PICTURES, regression=PICTURES, several_outputs=PICTURES, points=PICTURES, vectors=['mixup'], segmentation=[*PICTURES, 'distill', 'label_smoothing'],
              table=[*OF_CLASSES, 'balance'], table_of_prices=[], torch_loaders=[*OF_CLASSES, 'cutmix', 'cutout', 'mixup'], as_dataloaders=NAMES)
 
