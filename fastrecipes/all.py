@@ -1,7 +1,12 @@
 "fastai.vision.all and every public name here: `from fastrecipes.all import *`."
 from fastai.vision.all import *
 
+from fastrecipes.data.albumentation import *
+from fastrecipes.data.augment import *
+from fastrecipes.data.augmix import *
 from fastrecipes.data.balance import *
+from fastrecipes.data.cache import *
+from fastrecipes.data.contact_sheet import *
 from fastrecipes.data.erasing import *
 from fastrecipes.data.folders import *
 from fastrecipes.data.keyed import *
@@ -9,6 +14,7 @@ from fastrecipes.data.loaders import *
 from fastrecipes.data.mixing import *
 from fastrecipes.data.pixels import *
 from fastrecipes.data.samples import *
+from fastrecipes.data.statistics import *
 from fastrecipes.errors import *
 from fastrecipes.layers.regularization import *
 from fastrecipes.losses.classification import *
@@ -26,12 +32,14 @@ from fastrecipes.recipes.classify import *
 from fastrecipes.recipes.compress import *
 from fastrecipes.recipes.pipeline import *
 from fastrecipes.recipes.ship import *
+from fastrecipes.recipes.validate import *
 from fastrecipes.report.page import *
 from fastrecipes.report.run_folder import *
 from fastrecipes.technique import *
 from fastrecipes.training.accumulation import *
 from fastrecipes.training.distributed import *
 from fastrecipes.training.finders import *
+from fastrecipes.training.objective import *
 from fastrecipes.training.parallel import *
 from fastrecipes.training.precision import *
 from fastrecipes.training.preflight import *

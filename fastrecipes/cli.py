@@ -21,6 +21,7 @@ COMMANDS = {
     'demo': 'fastrecipes.recipes.pipeline:demo',
     'pipeline': 'fastrecipes.recipes.pipeline:pipeline',
     'image-classifier': 'fastrecipes.recipes.classify:image_classifier',
+    'cross-validate': 'fastrecipes.recipes.validate:cross_validate',
     'compress': 'fastrecipes.recipes.compress:compress',
     'ship': 'fastrecipes.recipes.ship:ship',
     'predict': 'fastrecipes.cli:predict',

@@ -23,9 +23,8 @@ from fasttransform.transform import compose_tfms
 from torch.utils.data import Subset, TensorDataset
 
 from fastrecipes.data.decoded import NoRoom, decode_once, in_bytes
-from fastrecipes.data.folders import Fit, RGBImage
+from fastrecipes.data.images import Fit, RGBImage
 from fastrecipes.data.keyed import KeyedDL, keyed
-from fastrecipes.data.loaders import Indexed
 from fastrecipes.data.pixels import fit_image, read_image
 from fastrecipes.errors import BadValue
 from fastrecipes.technique import say, technique
@@ -109,8 +108,8 @@ def _has_pictures(dl) -> bool:
     "Whether the samples of `dl` hold pictures that are read from files. Raises where that cannot be told."
     if not isinstance(dl, TfmdDL): raise BadValue(f'cache: needs fastai loaders, got {type(dl).__name__}; give torch datasets and loaders to `as_dataloaders`')
     data = dl.dataset
-    if isinstance(data, Indexed) and not _in_memory(data.dataset):
-        raise BadValue(f'cache: {type(data.dataset).__name__} decodes by itself, and nothing says whether it gives the same in every epoch; give the folder of images to `image_folder`')
+    if (torchs := vars(data).get('dataset')) is not None and not _in_memory(torchs):        # `Indexed` has it
+        raise BadValue(f'cache: {type(torchs).__name__} decodes by itself, and nothing says whether it gives the same in every epoch; give the folder of images to `image_folder`')
     return isinstance(data, Datasets) and len(data) > 0 and any(_maker(tl) is not None for tl in data.tls)
 
 

@@ -1,82 +1,133 @@
 "From a folder of images to fastai `DataLoaders` that know what they hold: classes, splits, what was set aside and why."
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, TransformBlock
-from fastai.vision.all import IntToFloatTensor, PILImage
-from fasttransform import Transform
-from PIL import Image
+from fastai.vision.all import IntToFloatTensor
 
 from fastrecipes.arguments import check_types
+from fastrecipes.data.assignments import GIVEN, Assignment, assigned, grouped
+from fastrecipes.data.cache import cached
+from fastrecipes.data.duplicates import near_pairs
+from fastrecipes.data.images import Fit, RGBImage
 from fastrecipes.data.keyed import KeyedDL
-from fastrecipes.data.pixels import RESIZES, Resize, fit_image, read_image
+from fastrecipes.data.pixels import RESIZES, Resize
 from fastrecipes.data.scan import scan, verdicts
-from fastrecipes.data.splits import check_shares, split
+from fastrecipes.data.splits import SIDES, belonging, check_shares, class_match, split
 from fastrecipes.errors import BadValue, nearest
 
-__all__ = ['image_folder', 'Fit', 'RGBImage', 'Holdings', 'SIDES']
+__all__ = ['Found', 'Holdings', 'image_folder']
 
-SIDES = ('train', 'valid', 'test')
-GIVEN = {'train': 'train', 'training': 'train', 'valid': 'valid', 'val': 'valid', 'validation': 'valid', 'test': 'test'}
-
-
-class RGBImage(PILImage):
-    "An image as `read_image` reads it: upright, 8 bits, RGB."
-    @classmethod
-    def create(cls, source: Path | str | bytes | np.ndarray | Image.Image, **kwargs):      # the types that `learn.predict` takes
-        return cls(read_image(Image.fromarray(source) if isinstance(source, np.ndarray) else source))
-
-
-class Fit(Transform):
-    "Bring an image to `size` (width, height) with the Pillow call that the bundle uses too."
-    order = 1
-    def __init__(self, size, resize: str = 'crop'): self.size, self.resize = tuple(size), resize
-    def encodes(self, x: PILImage): return type(x)(fit_image(x, self.size, self.resize))
+NearDuplicates = Literal['warn', 'together']
 
 
 @dataclass
 class Holdings:
-    "What `image_folder` found: counts by class and side, what was set aside, how many files are copies of another."
+    "What `image_folder` found: counts by class and side, what was set aside, how many files are copies of another, how alike train and valid are."
     path: str
     counts: dict[str, dict[str, int]]
     set_aside: list[tuple[str, str]]
     duplicates: int = 0
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ''
+    match: str = ''
 
 
-def image_folder(path, *, size: int = 224, bs: int = 64, valid: float = .2, test: float = .1, resize: Resize = 'crop', seed: int = 42,
-                 workers: int | None = None, device=None, progress=None) -> DataLoaders:
+@dataclass
+class Found:
+    """The usable images of a folder, one place in each list for each: `files`, their classes, digests, given sides ('' where the folder gives
+    none), what each belongs to (see `belonging`), and the pairs of near-duplicates among them `(m, 2)`."""
+    path: Path
+    files: list[Path]
+    labels: list[str]
+    digests: list[str]
+    sides: list[str]
+    keys: list[str]
+    near: np.ndarray
+    set_aside: list[tuple[str, str]]
+    notes: list[str]
+
+    def name(self, i: int) -> str:
+        "How messages call an image."
+        return self.files[i].relative_to(self.path).as_posix()
+
+    def part(self, kept: list[bool]) -> 'Found':
+        "Those images alone that are `kept`."
+        if all(kept): return self
+        new, own = np.cumsum(kept)-1, {n: [o for o, k in zip(getattr(self, n), kept) if k] for n in ('files', 'labels', 'digests', 'sides', 'keys')}
+        return replace(self, near=new[self.near[np.asarray(kept)[self.near].all(1)]], **own)
+
+    def holdings(self, sides: list[str]) -> Holdings:
+        "What there is on each side."
+        counts = {c: {s: 0 for s in SIDES} for c in sorted(set(self.labels))}
+        for c, s in zip(self.labels, sides): counts[c][s] += 1
+        match, differs = class_match(counts)
+        notes = [*self.notes, *_notes(counts, self.digests, self.labels, sides), *_lookalikes(self, sides), *([match] if differs else [])]
+        return Holdings(str(self.path), counts, self.set_aside, len(self.digests)-len(set(self.digests)), notes, _fingerprint(self.digests, self.labels), match)
+
+
+def image_folder(path, *, size: int = 224, bs: int = 64, valid: float | list[str] | str | Callable = .2, test: float = .1, groups: str | Callable | None = None,
+                 near_duplicates: NearDuplicates = 'warn', resize: Resize = 'crop', seed: int = 42, workers: int | None = None, cache: bool | str = False,
+                 device=None, progress=None) -> DataLoaders:
     """`path/<class>/*` as `DataLoaders` of three loaders (train, valid, test), images `size`×`size` px in [0, 1], not normalised.
 
     `valid`, `test`: shares of each class, 0–1, held out by (`seed`, content); `path/train`, `valid` and `test` are kept where they
     are given, and what is missing is taken from `train`. `resize`: 'crop', 'squish' or 'pad'. `workers`: processes that decode
-    (default: one a core where there is a GPU, else 0). What was found lies in `.holdings`.
+    (default: one a core where there is a GPU, else 0). `cache`: decode every image once, into a file in the user's cache folder or
+    the one named (see `cached`). What was found lies in `.holdings`.
+
+    `valid` may also be the files that validate, names relative to `path`; a CSV with the columns file and split (train, valid or test)
+    that lists every image; or a function of the file that gives True, False or a side. `groups`: who or what is in the picture, and
+    never on two sides: a regular expression (its group, or all that matches, in the name relative to `path`; a file that it does not match is
+    alone), a column of the CSV, or a function of the file (None: alone). Pictures that look the same (see `near_pairs`) are kept
+    on one side, too, with `near_duplicates='together'`; with 'warn', `.holdings.notes` tell of those on two sides, and of those with two labels.
 
     Raises `FileNotFoundError` and `ValueError`: no folder, no images, one class, a class without images, a class only outside
-    training, fewer training images than `bs`."""
+    training, fewer training images than `bs`; files that are not there or not listed, a group that was given two sides."""
     check_types(image_folder, locals())
-    path = Path(path)
+    check_loaders(size, bs, resize)
+    check_shares(0 if (explicit := assigned(valid)) else valid, test)
+    found = found_in(path, valid if explicit else None, groups, near_duplicates, progress)
+    sides = found.sides if explicit or any(found.sides) else ['']*len(found.files)
+    sides = _take_missing(sides, found.keys, found.labels, 0 if explicit else valid, test, seed) if any(sides) else split(found.keys, found.labels, valid, test, seed)
+    if 'valid' not in sides:
+        way = 'name at least one that is there' if explicit else 'give each class at least 2 images and a share above 0'
+        raise BadValue(f'valid: no image is left to validate on with valid={_shown(valid)}; {way}')
+    dls = loaders_of(found, sides, size=size, bs=bs, resize=resize, seed=seed, workers=workers, device=device)
+    if not cache: return dls
+    held, effect = cached(dls, None if cache is True else cache)
+    if held is dls: print(f'cache: {effect}')
+    return held
+
+
+def _shown(valid) -> str: return getattr(valid, '__name__', None) or f'[{len(valid)} files]' if not isinstance(valid, (int, float, str)) else repr(valid)
+
+
+def check_loaders(size: int, bs: int, resize: str):
+    "Raise for what no loader can be made with."
     if resize not in RESIZES: raise BadValue(f'resize: one of {", ".join(RESIZES)}, got {resize!r}{nearest(resize, RESIZES)}')
     if size < 8: raise BadValue(f'size: at least 8 px, got {size}')
     if bs < 1: raise BadValue(f'bs: at least 1, got {bs}')
-    check_shares(valid, test)
 
-    files, labels, digests, sides, holdings = _hold(path, valid, test, seed, progress)
+
+def loaders_of(found: Found, sides: list[str], *, size: int = 224, bs: int = 64, resize: Resize = 'crop', seed: int = 42, workers: int | None = None,
+               device=None) -> DataLoaders:
+    "`found` as `DataLoaders`, with the images on the `sides` given. Raises `ValueError` where `bs` leaves no training batch."
     n_train = sides.count('train')
     if bs > n_train: raise BadValue(f'bs: {bs} is more than the {n_train} training images; use bs={max(1, n_train//2)} or less')
-
-    block = DataBlock((TransformBlock(type_tfms=RGBImage.create, batch_tfms=IntToFloatTensor), CategoryBlock(vocab=sorted(set(labels)))),
-                      get_y=_ClassOf([*_given(path).values(), path]), splitter=_Sides(sides), item_tfms=Fit((size, size), resize))
+    block = DataBlock((TransformBlock(type_tfms=RGBImage.create, batch_tfms=IntToFloatTensor), CategoryBlock(vocab=sorted(set(found.labels)))),
+                      get_y=_ClassOf([*_given(found.path).values(), found.path]), splitter=_Sides(sides), item_tfms=Fit((size, size), resize))
     if workers is None: workers = min(16, os.cpu_count()) if torch.cuda.is_available() else 0   # on a CPU they would only slow the model down
-    dls = block.dataloaders(files, bs=bs, val_bs=2*bs, num_workers=workers, dl_type=KeyedDL, seed=seed,
+    dls = block.dataloaders(found.files, bs=bs, val_bs=2*bs, num_workers=workers, dl_type=KeyedDL, seed=seed,
                             path=Path('.'), device=device)
-    dls.holdings = holdings
+    dls.holdings = found.holdings(sides)
     return dls
 
 
@@ -92,9 +143,12 @@ class _Sides:
     def __call__(self, items): return [[i for i, s in enumerate(self.sides) if s == side] for side in SIDES]
 
 
-def _hold(path, valid, test, seed, progress):
-    "Scan, verify and split: files, their labels, digests and sides, and the `Holdings`."
+def found_in(path, valid=None, groups=None, near_duplicates: NearDuplicates = 'warn', progress=None) -> Found:
+    "Scan and verify `path`, and find who belongs together. `valid`, `groups`, `near_duplicates`: as `image_folder` takes them, no share."
+    path, choices = Path(path), get_args(NearDuplicates)
+    if near_duplicates not in choices: raise BadValue(f'near_duplicates: one of {", ".join(choices)}, got {near_duplicates!r}{nearest(near_duplicates, choices)}')
     given = _given(path)
+    if given and valid is not None: raise BadValue(f'valid: {path} has folders {", ".join(d.name for d in given.values())}, which say who validates; give one or the other')
     found = {}                                  # side → {class: files}; '' where the folder is not split
     stray = []
     for side, folder in (given or {'': path}).items():
@@ -103,21 +157,26 @@ def _hold(path, valid, test, seed, progress):
     if not any(files for classes in found.values() for files in classes.values()):
         raise BadValue(f'path: no images in {path}; it should hold one folder of images per class, like {path}/cats/1.jpg')
     classes = sorted({c for split_ in found.values() for c in split_})
-    verdict = verdicts([p for by_class in found.values() for files in by_class.values() for p in files], progress=progress)
+    told = Assignment(path, [p for by_class in found.values() for files in by_class.values() for p in files], valid)     # before anything is decoded
+    of = grouped(groups, told)
+    verdict = verdicts(told.files, progress=progress)
 
-    rows = [(p, c, verdict[p].digest, side) for side, by_class in found.items() for c, files in by_class.items()
+    rows = [(p, c, verdict[p].digest, told.side(p) or side) for side, by_class in found.items() for c, files in by_class.items()
             for p in files if not verdict[p].reason]
     set_aside = [(str(p), v.reason) for p, v in verdict.items() if v.reason] + [(str(p), why) for p, why in stray]
-    _check_classes(path, classes, rows, given)
+    _check_classes(path, classes, rows, given or valid is not None)
     files, labels, digests, sides = map(list, zip(*rows))
-    sides = _take_missing(sides, digests, labels, valid, test, seed) if given else split(digests, labels, valid, test, seed)
-    if 'valid' not in sides:
-        raise BadValue(f'valid: no image is left to validate on with valid={valid}; give each class at least 2 images and a share above 0')
-    counts = {c: {s: 0 for s in SIDES} for c in classes}
-    for c, s in zip(labels, sides): counts[c][s] += 1
-    holdings = Holdings(str(path), counts, sorted(set_aside), duplicates=len(digests)-len(set(digests)),
-                        notes=_notes(counts, digests, labels, sides), fingerprint=_fingerprint(digests, labels))
-    return files, labels, digests, sides, holdings
+    named, notes = None, []
+    if groups is not None:
+        named = [of(p) for p in files]
+        if all(g is None for g in named): raise BadValue(f'groups: {groups!r} finds no group in any name, such as {told.name(files[0])}; it should match a part of it')
+        if alone := [told.name(p) for p, g in zip(files, named) if g is None]: notes = [f'{len(alone)} images are of no group, such as {alone[0]}']
+    _, first = np.unique(digests, return_index=True)
+    first.sort()                                # one of each that are equal byte by byte
+    near = first[near_pairs([verdict[files[i]].phash for i in first])]
+    keys = belonging(digests, named, near if near_duplicates == 'together' else ())
+    if named and any(sides): _check_groups(told, files, sides, named)
+    return Found(path, files, labels, digests, sides, keys, near, sorted(set_aside), notes)
 
 
 def _given(path: Path) -> dict[str, Path]:
@@ -134,14 +193,23 @@ def _check_classes(path, classes, rows, given):
     if len(classes) == 1: raise BadValue(f'path: only one class, {classes[0]!r}, in {path}; a classifier needs at least two folders')
     for c in classes:
         if not usable[c]: raise BadValue(f'path: class {c!r} of {path} has no readable image; remove its folder or add images')
-        if given and c not in trained: raise BadValue(f'path: class {c!r} is in {path} but not in its train folder: nothing to learn it from')
+        if isinstance(given, dict) and given and c not in trained: raise BadValue(f'path: class {c!r} is in {path} but not in its train folder: nothing to learn it from')
+        if given and c not in trained: raise BadValue(f'valid: it leaves no image of class {c!r} to train on; leave one, or its folder out')
 
 
-def _take_missing(sides, digests, labels, valid, test, seed):
-    "Take from the given training folder the sides that were not given."
-    want = {'valid': 0 if 'valid' in sides else valid, 'test': 0 if 'test' in sides else test}
+def _check_groups(told, files, sides, named):
+    "Raise where those who said who validates have put one group on two sides."
+    where = {}
+    for p, s, g in zip(files, sides, named):
+        other, there = where.setdefault(g, (p, s)) if g is not None else (p, s)
+        if there != s: raise BadValue(f'groups: {g!r} is on two sides: {told.name(other)} in {there or "train"}, {told.name(p)} in {s or "train"}; give all of a group the same')
+
+
+def _take_missing(sides, keys, labels, valid, test, seed):
+    "Take from the training images given the sides that were not."
+    sides, want = list(sides), {'valid': 0 if 'valid' in sides else valid, 'test': 0 if 'test' in sides else test}
     inside = [i for i, s in enumerate(sides) if s == 'train']
-    for i, s in zip(inside, split([digests[i] for i in inside], [labels[i] for i in inside], seed=seed, **want)): sides[i] = s
+    for i, s in zip(inside, split([keys[i] for i in inside], [labels[i] for i in inside], seed=seed, **want)): sides[i] = s
     return sides
 
 
@@ -155,6 +223,20 @@ def _notes(counts, digests, labels, sides) -> list[str]:
         named.setdefault(d, set()).add(c)
     if leaks := sum(len(s) > 1 for s in where.values()): notes.append(f'{leaks} images lie in more than one of train, valid and test')
     if both := sum(len(c) > 1 for c in named.values()): notes.append(f'{both} images carry more than one label')
+    return notes
+
+
+def _lookalikes(found: Found, sides) -> list[str]:
+    "Near-duplicates that lie on two sides, and those that have two labels."
+    apart = [(i, j) for i, j in found.near.tolist() if sides[i] != sides[j]]
+    torn = [(i, j) for i, j in found.near.tolist() if found.labels[i] != found.labels[j]]
+    notes = []
+    if apart:
+        i, j = apart[0]
+        leaked, held = {k for pair in apart for k in pair if sides[k] != 'train'}, sum(s != 'train' for s in sides)
+        notes.append(f'leakage: {len(leaked)} of the {held} images held out look like one on another side, such as {found.name(i)} ({sides[i]}) and {found.name(j)} ({sides[j]}): '
+                     'they are easier than new ones; near_duplicates=\'together\' keeps them on one side')
+    if torn: notes.append(f'{len(torn)} pairs of images look alike and have different labels, such as {found.name(torn[0][0])} and {found.name(torn[0][1])}')
     return notes
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from fastai.vision.all import image_extensions
 from fastcore.xdg import xdg_cache_home
 
+from fastrecipes.data.duplicates import greys, phashes
 from fastrecipes.data.pixels import read_image
 from fastrecipes.errors import BadValue, NotThere, nearest
 from fastrecipes.files import whole
@@ -17,15 +18,17 @@ from fastrecipes.files import whole
 __all__ = ['Verdict', 'check_root', 'scan', 'verdicts']
 
 SMALLEST = 2            # px a side: a 1×1 picture shows nothing
+SCHEMA = 2              # of what is remembered: verdicts of another kind are looked for again
 
 
 @dataclass(frozen=True)
 class Verdict:
-    "What one look at a file told: its content's digest, its size in pixels, and why it cannot be used (None: it can)."
+    "What one look at a file told: its content's digest, its size in pixels, why it cannot be used (None: it can), and what it looks like."
     digest: str
     width: int
     height: int
     reason: str | None = None
+    phash: str = ''
 
 
 def check_root(root) -> Path:
@@ -66,21 +69,26 @@ def verdicts(files: list[Path], workers: int = 4, progress=None) -> dict[Path, V
     stamp = {p: _stamp(p) for p in files}
     new = [p for p in files if known.get(str(p), [None])[0] != stamp[p]]
     with ThreadPoolExecutor(workers) as pool:
-        for i, (p, v) in enumerate(zip(new, pool.map(_look, new)), 1):
+        pictures = []
+        for i, (p, (v, picture)) in enumerate(zip(new, pool.map(_look, new)), 1):
             known[str(p)] = [stamp[p], asdict(v)]
+            pictures.append(picture)
+            if len(pictures) == 512 or i == len(new):
+                for q, h in zip(new[i-len(pictures):i], phashes(pictures)): known[str(q)][1]['phash'] = h
+                pictures = []
             if progress: progress(i, len(new))
     if new: _write(memory, {str(p): known[str(p)] for p in files})
     return {p: Verdict(**known[str(p)][1]) for p in files}
 
 
-def _look(p: Path) -> Verdict:
-    "Read and decode one file."
+def _look(p: Path) -> tuple[Verdict, bytes]:
+    "Read and decode one file: the verdict, and the greys that its perceptual hash is made of."
     data = p.read_bytes()
     digest = blake2b(data, digest_size=16).hexdigest()
     try: im = read_image(data)
-    except BadValue as e: return Verdict(digest, 0, 0, str(e).removeprefix('image: '))
-    if min(im.size) < SMALLEST: return Verdict(digest, *im.size, f'{im.width}×{im.height} px: nothing to see')
-    return Verdict(digest, *im.size)
+    except BadValue as e: return Verdict(digest, 0, 0, str(e).removeprefix('image: ')), b''
+    if min(im.size) < SMALLEST: return Verdict(digest, *im.size, f'{im.width}×{im.height} px: nothing to see'), b''
+    return Verdict(digest, *im.size), greys(im)
 
 
 def _stamp(p: Path) -> str:

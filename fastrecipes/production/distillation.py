@@ -7,11 +7,11 @@ from fastai.basics import Learner, load_learner, nn
 from fastai.callback.hook import total_params
 from torch.nn import functional as F
 
+from fastrecipes.data.statistics import PixelMap, normalization_of
 from fastrecipes.errors import BadValue, NotThere
 from fastrecipes.objective import Objective, cross_entropy_of, objective
 from fastrecipes.technique import TechniqueCallback, put, say, technique
 from fastrecipes.training.precision import device_of
-from fastrecipes.training.transfer import statistics_of
 
 __all__ = ['Distill', 'Renormalize', 'soft_divergence']
 
@@ -27,13 +27,11 @@ def soft_divergence(student: torch.Tensor, teacher: torch.Tensor, T: float = 4.,
 
 class Renormalize(nn.Module):
     "Undo the normalisation of one Learner's pixels and apply another's."
-    def __init__(self, theirs, ours):
+    def __init__(self, theirs: PixelMap, ours: PixelMap):
         super().__init__()
-        (m1, s1), (m2, s2) = theirs, ours
-        self.register_buffer('scale', s1/s2)
-        self.register_buffer('shift', (m1-m2)/s2)
+        self.undo, self.do = theirs.inverse(), ours
 
-    def forward(self, x): return x*self.scale + self.shift
+    def forward(self, x): return self.do(self.undo(x))
 
 
 class Distill(TechniqueCallback):
@@ -89,8 +87,8 @@ def _teacher(student: Learner, teacher) -> nn.Module:
     if isinstance(teacher, Learner):
         ours, theirs = (list(map(str, getattr(o.dls, 'vocab', None) or [])) for o in (student, teacher))
         if ours != theirs: raise BadValue(f'distill: the teacher knows the classes {theirs}, the student is to learn {ours}')
-        one, two = statistics_of(student), statistics_of(teacher)
-        if one and two and any(not torch.equal(a, b) for a, b in zip(one, two)): net = nn.Sequential(Renormalize(one, two), net)
+        one, two = normalization_of(student), normalization_of(teacher)
+        if one is not None and two is not None and not one.same_as(two): net = nn.Sequential(Renormalize(one, two), net)
     return net.eval().requires_grad_(False)
 
 

@@ -17,12 +17,12 @@ from fastai.learner import Recorder
 from fastai.vision.all import IntToFloatTensor
 from torch.nn import functional as F
 
-from fastrecipes.data.folders import Fit
+from fastrecipes.data.images import Fit
+from fastrecipes.data.statistics import PixelMap, normalization_of
 from fastrecipes.errors import BadValue
 from fastrecipes.files import whole
 from fastrecipes.objective import cross_entropy_of
 from fastrecipes.technique import Applied
-from fastrecipes.training.transfer import statistics_of
 
 __all__ = ['export_learner', 'Served', 'served', 'activation_of', 'input_contract', 'labels', 'graph_of', 'to_onnx']
 
@@ -61,21 +61,19 @@ def _plain(v) -> bool:
 
 class Served(nn.Module):
     "What is served: uint8 pixels `(n, h, w, 3)` → scaled to [0, 1] and normalised → the model → probabilities `(n, c)`."
-    def __init__(self, model: nn.Module, activation, mean=None, std=None):
+    def __init__(self, model: nn.Module, activation, normalize: PixelMap | None = None):
         super().__init__()
-        self.model, self.activation = model, activation
-        self.register_buffer('mean', mean)
-        self.register_buffer('std', std)
+        self.model, self.activation, self.normalize = model, activation, normalize
 
     def forward(self, pixels):
         x = pixels.permute(0, 3, 1, 2).float()/255
-        if self.mean is not None: x = (x-self.mean)/self.std
+        if self.normalize is not None: x = self.normalize(x)
         return self.activation(self.model(x))
 
 
 def served(learn: Learner) -> Served:
     "`learn` as it is served: a copy of its model on the CPU, in 32 bits and evaluation mode; `learn` keeps its device, mode and hooks."
-    model = Served(deepcopy(learn.model).cpu().float(), activation_of(learn.loss_func), *(statistics_of(learn) or (None, None))).eval()
+    model = Served(deepcopy(learn.model).cpu().float(), activation_of(learn.loss_func), normalization_of(learn)).eval()
     return model.requires_grad_(False)
 
 

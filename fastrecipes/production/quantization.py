@@ -35,7 +35,7 @@ def quantize_static(graph: bytes, batches: Iterable[np.ndarray]) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
             quantize(model, str(file := Path(folder)/'q.onnx'), Reader(model.graph.input[0].name), quant_format=QuantFormat.QDQ, per_channel=True,
                      activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax,
-                     op_types_to_quantize=sorted({*QDQRegistry, *QLinearOpsRegistry} - {'Softmax'}),
+                     op_types_to_quantize=sorted({*QDQRegistry, *QLinearOpsRegistry} - {'Softmax'}), nodes_to_exclude=_normalizing(model),
                      extra_options=dict(OpTypesToExcludeOutputQuantization=['Gemm', 'MatMul']))     # answers stay numbers, not one of 256 steps
             made = file.read_bytes()
     finally: log.setLevel(level)
@@ -44,6 +44,11 @@ def quantize_static(graph: bytes, batches: Iterable[np.ndarray]) -> bytes:
     onnx.checker.check_model(out, full_check=True)
     if not quantized_share(out.SerializeToString()): raise BadValue('quantize: this graph has no layer that can be quantized')
     return out.SerializeToString()
+
+
+def _normalizing(model: onnx.ModelProto) -> list[str]:
+    "The nodes that normalise pixels: they are no layer, and what whitening makes of faint directions is less than one of 256 steps before."
+    return [n.name for n in model.graph.node if any(i.startswith('normalize.') for i in n.input)]
 
 
 def quantized_share(graph: bytes) -> float:

@@ -1,4 +1,5 @@
 "From a folder of images to a trained classifier."
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, get_args
@@ -7,6 +8,7 @@ from fastai.basics import Learner
 from fastai.metrics import BalancedAccuracy, accuracy
 
 from fastrecipes.arguments import check_types
+from fastrecipes.data.folders import NearDuplicates
 from fastrecipes.data.keyed import keyed
 from fastrecipes.data.loaders import as_dataloaders
 from fastrecipes.data.pixels import Resize
@@ -29,8 +31,9 @@ USUAL = dict(augment=True, label_smoothing=.1)      # what the recipe switches o
 
 
 def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64,
-                     valid: float = .2, test: float = .1, resize: Resize = 'crop', pretrained: bool = True, schedule: Schedule = 'flat_cos',
-                     seed: int = 42, workers: int | None = None, out: str | None = None, overwrite: bool = False, **techniques) -> Learner:
+                     valid: float | list[str] | str | Callable = .2, test: float = .1, groups: str | Callable | None = None, near_duplicates: NearDuplicates = 'warn',
+                     resize: Resize = 'crop', pretrained: bool = True, schedule: Schedule = 'flat_cos', seed: int = 42, workers: int | None = None,
+                     out: str | None = None, overwrite: bool = False, **techniques) -> Learner:
     """Train a network on a folder of images, `path/<class>/*`, and return the fitted Learner.
 
     Every technique is a keyword: `mixup=.4`, `balance='upsampling'`, `augment=dict(flip=False)`; `augment` and `label_smoothing` are
@@ -44,8 +47,10 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
         lr: the highest learning rate, or 'find'
         size: width and height of the images, in px
         bs: images a batch
-        valid: share of each class held out to validate on, 0 to 1
+        valid: share of each class held out to validate on, 0 to 1; or a CSV with the columns file and split (train, valid or test), or a list of files
         test: share of each class held out for the final test, 0 to 1
+        groups: a regular expression that finds in a file's name who or what is in the picture, or a column of the CSV; no group lies on two sides
+        near_duplicates: together keeps pictures that look the same on one side; warn only tells of them
         resize: how images get their size: crop, squish or pad
         pretrained: start from trained weights
         schedule: how the rate moves: flat_cos or one_cycle
@@ -58,11 +63,13 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     check_types(image_classifier, asked)
     todo = plan({**USUAL, **techniques})
     check_recipe(path, arch, epochs, lr, schedule)
+    if groups is not None and not isinstance(path, (str, Path)): raise BadValue(f'groups: found in the names of files, and path is {type(path).__name__}; give a folder of images')
     if 'to_distributed' not in {t.name for t, _ in todo}: one_process('image_classifier without to_distributed')
     net = backbone(arch, pretrained)
 
     seed_everything(seed)
-    dls = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, resize=resize, seed=seed, workers=workers)
+    dls = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, groups=groups,
+                         near_duplicates=near_duplicates, resize=resize, seed=seed, workers=workers)
     with RunFolder.open('image-classifier', asked, out, overwrite, defaults=image_classifier).under_way() if out else nullcontext() as run:
         if run: run.note_data(dls)
         learn = lines_unless_terminal(classifier(dls, net, metrics=[accuracy, BalancedAccuracy()]), arch)

@@ -3,12 +3,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from fastai.basics import Learner, nn
 from fastai.callback.hook import total_params
 
 from fastrecipes.arguments import check_types
 from fastrecipes.data.keyed import keyed
+from fastrecipes.data.statistics import PixelMap, normalization_of, normalized_by
 from fastrecipes.errors import BadValue
 from fastrecipes.production.export import graph_of
 from fastrecipes.production.gate import Candidate, Compressed, Gate
@@ -24,7 +24,7 @@ from fastrecipes.report.run_folder import STAGES, RunFolder, load_run
 from fastrecipes.technique import TECHNIQUES, applied
 from fastrecipes.training.distributed import one_process
 from fastrecipes.training.reproducibility import seed_everything
-from fastrecipes.training.transfer import Backbone, backbone, classifier, statistics_of, unnormalised
+from fastrecipes.training.transfer import Backbone, backbone, classifier
 
 __all__ = ['compress', 'check_compression', 'Quantize']
 
@@ -102,9 +102,9 @@ def check_compression(prune, quantize, tolerance) -> tuple[float | None, str | N
 
 def _distilled(teacher: Learner, net: Backbone, epochs, lr, seed, how) -> Candidate:
     "The student, trained on the teacher's images, normalised as its own weights want them."
-    theirs = statistics_of(teacher)
-    same = net.statistics is None or theirs and all(np.allclose(a.flatten(), b) for a, b in zip(theirs, net.statistics))
-    student = classifier(teacher.dls if same else unnormalised(teacher.dls), net, metrics=teacher.metrics)
+    theirs = normalization_of(teacher)
+    same = net.statistics is None or theirs is not None and theirs.same_as(PixelMap.standard(*net.statistics))
+    student = classifier(teacher.dls if same else normalized_by(teacher.dls, None), net, metrics=teacher.metrics)
     if total_params(student.model)[0] >= total_params(teacher.model)[0]:
         print(f'  {net.arch} is no smaller than what it is to replace: {_size(teacher.model)} → {_size(student.model)} parameters')
     _teach(student, teacher, seed, how, net.arch)

@@ -75,7 +75,7 @@ def _data(dls) -> dict:
     h = getattr(dls, 'holdings', None)
     if h is None: return dict(path='(given as loaders)', classes=[], set_aside=[], duplicates=0, notes=[])
     return dict(path=h.path, classes=[dict(name=c, **n) for c, n in h.counts.items()],
-                set_aside=[dict(path=p, reason=r) for p, r in h.set_aside], duplicates=h.duplicates, notes=h.notes)
+                set_aside=[dict(path=p, reason=r) for p, r in h.set_aside], duplicates=h.duplicates, notes=h.notes, match=h.match if h.match not in h.notes else '')
 
 
 def _techniques(learn) -> list[dict]:

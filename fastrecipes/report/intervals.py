@@ -2,11 +2,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t as student
 
 from fastrecipes.errors import BadValue, nearest
 
-__all__ = ['Estimate', 'Difference', 'accuracy', 'balanced_accuracy', 'difference', 'LEVEL']
+__all__ = ['Estimate', 'Difference', 'Loss', 'accuracy', 'balanced_accuracy', 'difference', 'over_folds', 'LEVEL']
 
 LEVEL = .95
 MINUS = '−'
@@ -30,6 +30,27 @@ class Difference(Estimate):
     def resolved(self) -> bool: return self.lo > 0 or self.hi < 0
 
     def __str__(self): return f'{_signed(self.value)} points ({_signed(self.lo)} to {_signed(self.hi)})'
+
+
+@dataclass(frozen=True)
+class Loss(Estimate):
+    "A loss in nats, 0 or more, with the ends of its 95 % interval; lower is better."
+    def __str__(self): return f'{self.value:.3f} ({self.lo:.3f}–{self.hi:.3f})'
+
+
+def over_folds(scores, pooled: Estimate | None = None, kind: type[Estimate] = Estimate) -> Estimate:
+    """The mean of a score over the k folds of a cross-validation `(k,)`, k ≥ 2. Interval: the corrected resampled t, doi:10.1023/A:1024068626366.
+
+    Folds are not independent: each two share most of their training images, and k scores vary less than k data sets would make them. So the variance
+    of the mean is taken as (1/k + 1/(k−1))·s², not s²/k: 1/(k−1) is test images to training images. `pooled`: the estimate from all
+    images as one test set; an interval inside its is widened to it, so that folds that agree by luck do not look exact."""
+    s = np.asarray(scores, float)
+    k = len(s)
+    if k < 2: raise BadValue(f'scores: of at least 2 folds, got {k}')
+    half = student.ppf((1+LEVEL)/2, k-1)*np.sqrt((1/k + 1/(k-1))*s.var(ddof=1))
+    lo, hi = s.mean()-half, s.mean()+half
+    if pooled: lo, hi = min(lo, pooled.lo), max(hi, pooled.hi)
+    return kind(float(s.mean()), max(0., float(lo)), float(hi) if kind is Loss else min(1., float(hi)), pooled.n if pooled else None)
 
 
 def accuracy(targets, preds) -> Estimate:

@@ -20,6 +20,7 @@ __all__ = ['Report', 'write_page', 'SECTIONS']
 
 # What the page shows, in this order: the macro of sections.html, the heading, and when it is shown. A new section is a line here and a macro there.
 SECTIONS = (('result', 'Result', lambda r: r.table),
+            ('folds', 'Fold by fold', lambda r: r.folds),
             ('run', 'What was run', lambda r: True),
             ('techniques', 'Techniques', lambda r: r.techniques),
             ('training', 'Training', lambda r: r.fits or r.lr_find or r.schedule),
@@ -46,13 +47,15 @@ class Report:
     title: str                                  # 'resnet18 on photos'
     command: str                                # the shell command that runs it again
     data: dict                                  # path: str; classes: [dict(name, train, valid, test)] in images; set_aside: [dict(path, reason)];
-                                                # duplicates: int, files that are copies of others; notes: [str]
+                                                # duplicates: int, files that are copies of others; notes: [str]; match: how alike the classes
+                                                # of valid and train are, a sentence
     created: str = field(default_factory=lambda: datetime.now().strftime('%Y-%m-%d %H:%M'))
-    side: str = 'test'                          # the images that `table` is measured on: 'test', or 'validation' (then they were chosen on)
+    side: str = 'test'                          # the images that `table` is measured on: 'test', 'validation' (then they were chosen on), or 'out-of-fold'
     headline: str | None = None                 # one sentence; made from `table` and `difference` where missing
     table: list = field(default_factory=list)   # [dict(name, accuracy: Estimate, balanced_accuracy: Estimate, seconds: float | None, note: str)]:
                                                 # the baseline first, then the recipe, then the bundle; or one row
     difference: dict | None = None              # {'accuracy': Difference, …}, of the second row minus the first
+    folds: list = field(default_factory=list)   # [dict(number, n_train, n, accuracy, balanced_accuracy, log_loss, seconds)] of a cross-validation
     techniques: list = field(default_factory=list)  # [dict(name, arguments: dict, effect: str | None, summary, source)] as applied
     fits: list = field(default_factory=list)    # [dict(name, columns: [str], rows: [[float]])], a row an epoch, one fit after another
     lr_find: dict | None = None                 # lrs: [float], losses: [float], suggestion: float

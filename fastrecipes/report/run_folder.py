@@ -23,7 +23,7 @@ __all__ = ['RunFolder', 'load_run', 'command_line']
 
 RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, CHECKPOINT, LOCK = ('recipe.yaml', 'provenance.json', 'learner.pkl', 'compressed.json',
                                                                          'compressed.onnx', 'checkpoint', '.lock')
-OURS = (RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, 'history.csv', 'report.html', f'{CHECKPOINT}/*.pt',                         # all that
+OURS = (RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, 'history.csv', 'predictions.csv', 'report.html', f'{CHECKPOINT}/*.pt', f'{CHECKPOINT}/fold-*/*.pt',    # all that
         'bundle/model.onnx', 'bundle/bundle.json', 'bundle/requirements.txt', 'bundle/serve.pyz', 'bundle/Dockerfile')           # overwrite removes
 PACKAGES = ('torch', 'torchvision', 'fastai', 'timm', 'onnxruntime', 'onnx', 'numpy', 'pillow')
 POSITIONAL = ('path', 'learn', 'run', 'bundle')
@@ -184,7 +184,7 @@ def _take(path: Path, recipe: str, arguments: dict, overwrite: bool) -> dict:
     if differs := _differences(found['recipe'], there, recipe, arguments):
         raise BadValue(f'out: {path} holds a run of another recipe ({differs}); {way_out}')
     if found.get('finished'): raise BadValue(f'out: {path} holds a finished run of this recipe; {way_out}')
-    started = any((path/CHECKPOINT).glob('*.pt'))
+    started = any((path/CHECKPOINT).rglob('*.pt'))
     print(f'{path} holds an unfinished run of this recipe: {"going on from its last checkpoint" if started else "starting it again"}', flush=True)
     then, now = found.get('versions', {}), _versions()
     if started and (other := [f'{p} {then.get(p)}, now {v}' for p, v in now.items() if v != then.get(p)]):
@@ -204,8 +204,8 @@ def _clear(path: Path) -> dict:
             if not p.parent.is_symlink(): p.unlink()
     for p in path.rglob('.*.tmp'):
         if _temporary(p): p.unlink()
-    for name in {Path(o).parts[0] for o in OURS if '/' in o}:
-        if (d := path/name).is_dir() and not d.is_symlink() and not any(d.iterdir()): d.rmdir()
+    for d in sorted({d for o in OURS if '/' in o for d in path.glob(o.rpartition('/')[0])}, reverse=True):     # the inner ones first
+        if d.is_dir() and not d.is_symlink() and not any(d.iterdir()): d.rmdir()
     return {}
 
 
@@ -265,7 +265,12 @@ def load_run(path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')          # fastai warns of every pickle
         learn = load_learner(path/LEARNER, cpu=not is_available())
-    dls = image_folder(**{k: recipe[k] for k in inspect.signature(image_folder).parameters if k in recipe} | dict(path=data))
+    arguments = {k: recipe[k] for k in inspect.signature(image_folder).parameters if k in recipe} | dict(path=data)
+    for k in ('valid', 'groups'):
+        if str(arguments.get(k)).startswith('<'):
+            raise NotThere(f"run: {path} cannot be rebuilt: its {k} was a function given in Python; fastai's load_learner gives its Learner without data")
+    if isinstance(csv_file := arguments.get('valid'), str) and (there := _from_there(path, csv_file)).is_file(): arguments['valid'] = str(there)
+    dls = image_folder(**arguments)
     if list(dls.vocab) != list(learn.dls.vocab):
         raise BadValue(f'run: the classes of {data} have changed since {path} was trained: {", ".join(map(str, learn.dls.vocab))} then, '
                        f'{", ".join(map(str, dls.vocab))} now')

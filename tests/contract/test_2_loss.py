@@ -16,8 +16,10 @@ from fastrecipes.data.loaders import Indexed
 from .conftest import TECHNIQUES, refusal
 
 W, EPS, T, ALPHA, L2, NORM = [3., 1., .5], .1, 4., .9, .01, .05
+TAU, SHARES = 1.5, [.7, .2, .1]
 ON = dict(class_weights=W, label_smoothing=EPS, mixup=.4, cutmix=1., cutout=3, weight_penalty=L2, to_bf16=True, to_fp16=True, prune=.3, to_parallel=dict(device_ids=[0, 1]),
-          early_stop=dict(restore=False), distill=lambda learn: dict(teacher=teacher(), T=T, alpha=ALPHA), grad_accum=2, grad_clip=NORM)
+          early_stop=dict(restore=False), logit_adjustment=dict(tau=TAU, shares=SHARES), distill=lambda learn: dict(teacher=teacher(), T=T, alpha=ALPHA), grad_accum=2, grad_clip=NORM,
+          augmix=lambda learn: watched(learn))
 PAIRS = [p for p in itertools.combinations(sorted(ON), 2) if not refusal(*p)]
 
 
@@ -35,7 +37,7 @@ def teacher(): return net(7)
 
 def learner():
     g = torch.Generator().manual_seed(0)
-    ds = Indexed(TensorDataset(torch.randn(48, 3, 8, 8, generator=g), torch.randint(3, (48,), generator=g)), vocab=range(3))
+    ds = Indexed(TensorDataset(torch.rand(48, 3, 8, 8, generator=g), torch.randint(3, (48,), generator=g)), vocab=range(3))
     dls = DataLoaders(KeyedDL(ds, 16, seed=0, shuffle=True, drop_last=True, num_workers=0), KeyedDL(ds, 16, num_workers=0), device=torch.device('cpu'))
     learn = Learner(dls, net(1), CrossEntropyLossFlat())
     learn.remove_cb(learn.progress)
@@ -46,6 +48,21 @@ def learner():
 def use(learn, names): return learn.use(**{n: ON[n](learn) if callable(ON[n]) else ON[n] for n in names})
 
 
+VIEWS = {}                                      # of each image, by its pixels: the two mixtures that augmix put behind it
+
+
+class Watch(Callback):
+    "What goes into the forward pass: images, then the first view of each, then the second."
+    order = 81
+    def before_batch(self):
+        if self.learn.training: VIEWS.update((x.numpy().tobytes(), (v, w)) for x, v, w in zip(*self.learn.xb[0].chunk(3)))
+
+
+def watched(learn):
+    learn.add_cb(Watch())
+    return dict(severity=3.)
+
+
 def low(names): return 'to_bf16' in names or 'to_fp16' in names
 
 
@@ -53,13 +70,14 @@ def by_hand(model, logits, x, y, names, partner, share):
     "The loss of a batch, sample by sample and class by class."
     w = torch.tensor(W) if 'class_weights' in names else torch.ones(3)
     eps = EPS if 'label_smoothing' in names else 0.
+    moved = logits + TAU*torch.tensor(SHARES).log() if 'logit_adjustment' in names else logits      # not what a teacher is compared with
     num = den = 0.
     for i in range(len(y)):
         t = torch.zeros(3)
         t[y[i]] += 1. if share is None else share[i]
         if share is not None: t[y[partner[i]]] += 1-share[i]
         assert float(t.sum()) == pytest.approx(1, abs=1e-5)
-        logp = logits[i] - logits[i].exp().sum().log()
+        logp = moved[i] - moved[i].exp().sum().log()
         num, den = num - (w*((1-eps)*t + eps/3)*logp).sum(), den + (w*t).sum()
     loss = num/den
     if 'distill' in names:
@@ -70,6 +88,11 @@ def by_hand(model, logits, x, y, names, partner, share):
             p, q = (answer[i]/T).softmax(0), (logits[i]/T).softmax(0)
             soft = soft + T*T*(p*(p.log()-q.log())).sum()/len(y)
         loss = (1-ALPHA)*loss + ALPHA*soft
+    if 'augmix' in names:
+        views = [forward(model, torch.stack(v), names) for v in zip(*(VIEWS[o.numpy().tobytes()] for o in x))]
+        for i in range(len(y)):
+            ps = [z[i].softmax(0) for z in (logits, *views)]
+            loss = loss + 12.*sum((p*(p.log()-(sum(ps)/3).log())).sum() for p in ps)/3/len(y)
     if 'weight_penalty' in names: loss = loss + L2*sum(p.square().sum() for p in model.parameters() if p.ndim > 1)
     return loss
 

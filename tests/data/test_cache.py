@@ -180,3 +180,10 @@ def test_a_full_disk_costs_the_speed_and_nothing_else(data, tmp_path, monkeypatc
     assert 'are free in' in capsys.readouterr().out and 'images are decoded in every epoch' in learn.techniques['cache'].effect
     learn.fit(1)
     assert type(learn.dls.train) is KeyedDL
+
+
+def test_image_folder_takes_it_as_an_argument(data, tmp_path, monkeypatch, capsys):
+    dls = image_folder(data, size=12, bs=32, cache=str(tmp_path))
+    assert isinstance(dls.train, CachedDL) and same(list(dls.valid), list(image_folder(data, size=12, bs=32).valid)) and sum(dls.holdings.counts['0'].values()) > 100
+    monkeypatch.setattr(decoded.shutil, 'disk_usage', lambda p: type('U', (), dict(free=1000)))
+    assert type(image_folder(data, size=10, bs=32, cache=str(tmp_path)).train) is KeyedDL and 'are free in' in capsys.readouterr().out

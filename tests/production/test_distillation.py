@@ -5,6 +5,7 @@ from fastai.basics import Callback, nn
 from fastai.vision.all import Normalize
 from torch.nn import functional as F
 
+from fastrecipes.data.statistics import PixelMap, normalization_of
 from fastrecipes.production.distillation import Renormalize, soft_divergence
 from fastrecipes.production.export import export_learner
 
@@ -75,7 +76,8 @@ def test_a_student_learns_from_the_answers_alone(toy):
     assert (learn.model(x).argmax(1) == teacher.model(x).argmax(1)).float().mean() > .95
 
 
-def test_each_network_sees_pixels_normalised_as_it_was_trained(digit_folder):
+@pytest.mark.parametrize('whiten', [False, True])
+def test_each_network_sees_pixels_normalised_as_it_was_trained(digit_folder, whiten):
     from fastai.basics import Learner
     from fastrecipes.data.folders import image_folder
     def learner(mean, std):
@@ -86,6 +88,7 @@ def test_each_network_sees_pixels_normalised_as_it_was_trained(digit_folder):
         learn.logger = lambda row: None
         return learn
     teacher, student = learner(.5, .5), learner(.2, .3)
+    if whiten: student.normalize('zca')
     student.distill(teacher)
     kept = {}
     class Keep(Callback):
@@ -93,14 +96,19 @@ def test_each_network_sees_pixels_normalised_as_it_was_trained(digit_folder):
         def after_pred(self):
             if self.learn.training and not kept: kept.update(x=self.learn.xb[0], answer=self.learn.distill_cb.answer)
     student.fit(1, cbs=Keep())
-    pixels = kept['x']*.3 + .2
+    pixels = normalization_of(student).inverse()(kept['x']) if whiten else kept['x']*.3 + .2
+    assert -.01 < float(pixels.min()) < .01 and .9 < float(pixels.max()) < 1.01
     assert torch.allclose(kept['answer'], teacher.model((pixels-.5)/.5), atol=1e-4)
 
 
 def test_renormalising_is_undoing_and_doing():
-    one, two = ((torch.full((1, 3, 1, 1), m), torch.full((1, 3, 1, 1), s)) for m, s in ((.2, .3), (.5, .25)))
+    one, two = (PixelMap.standard([m]*3, [s]*3) for m, s in ((.2, .3), (.5, .25)))
     x = torch.rand(2, 3, 4, 4)
     assert torch.allclose(Renormalize(one, two)((x-.2)/.3), (x-.5)/.25, atol=1e-5)
+    g = torch.Generator().manual_seed(0)
+    full = PixelMap(torch.rand(3, 4, 4, generator=g), torch.eye(48) + .1*torch.randn(48, 48, generator=g))
+    white = ((x-full.shift).flatten(1) @ full.factor).view_as(x)
+    assert torch.allclose(Renormalize(full, two)(white), (x-.5)/.25, atol=1e-4) and torch.allclose(Renormalize(two, full)((x-.5)/.25), white, atol=1e-4)
 
 
 def test_a_teacher_by_its_path(toy, tmp_path):

@@ -14,6 +14,7 @@ from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from torch.nn import functional as F
 
+from fastrecipes.data.statistics import KINDS, PixelMap
 from fastrecipes.errors import BadValue
 from fastrecipes.production.export import Served, activation_of, export_learner, input_contract, served, to_onnx
 
@@ -84,8 +85,7 @@ def test_a_failed_export_keeps_the_file_that_was_there(learn, tmp_path):
 
 def test_served_scales_normalises_and_gives_probabilities():
     "Pixels 51, 102, 255 are .2, .4, 1; less .5, over .25: −1.2, −.4, 2; the model passes each channel's mean."
-    mean, std = torch.full((1, 3, 1, 1), .5), torch.full((1, 3, 1, 1), .25)
-    model = Served(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), lambda x: F.softmax(x, 1), mean, std)
+    model = Served(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), lambda x: F.softmax(x, 1), PixelMap.standard([.5]*3, [.25]*3))
     pixels = torch.tensor([51, 102, 255], dtype=torch.uint8).expand(2, 5, 4, 3)
     e = np.exp([-1.2, -.4, 2.])
     assert np.allclose(model(pixels), [e/e.sum()]*2, atol=1e-6)
@@ -108,6 +108,20 @@ def test_the_graph_gives_what_the_learner_gives_for_any_number_of_images(make_le
     pixels = np.stack([np.asarray(fit(learn.dls.valid_ds[i][0])) for i in range(len(learn.dls.valid_ds))])
     session = ort.InferenceSession(to_onnx(learn, tmp_path/'model.onnx'))
     for n in (1, 7, len(pixels)): assert np.abs(session.run(None, {'pixels': pixels[:n]})[0] - expected[:n]).max() < 1e-5
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('over', ['channels', 'pixels'])
+def test_the_graph_normalises_as_the_learner_does(make_learn, tmp_path, kind, over):
+    "Against the Learner's own answers, through its loaders; 21 images cannot whiten 768 pixels: their faint directions count 300-fold."
+    learn = make_learn(epochs=0).normalize(kind, over)
+    with learn.no_bar(): expected = learn.get_preds()[0].numpy()
+    fit = learn.dls.valid.after_item.fs[0]
+    pixels = np.stack([np.asarray(fit(learn.dls.valid_ds[i][0])) for i in range(len(learn.dls.valid_ds))])
+    session = ort.InferenceSession(to_onnx(learn, tmp_path/'model.onnx'))
+    for n in (1, 7, len(pixels)): assert np.abs(session.run(None, {'pixels': pixels[:n]})[0] - expected[:n]).max() < 1e-4
+    matrix = [t for t in onnx.load(tmp_path/'model.onnx').graph.initializer if t.name == 'normalize.factor' and len(t.dims) == 2]
+    assert [tuple(t.dims) for t in matrix] == ([(768, 768) if over == 'pixels' else (3, 3)] if kind in ('decorrelate', 'pca', 'zca') else [])
 
 
 def test_the_file_holds_labels_and_input_and_no_paths_of_this_machine(learn, tmp_path):

@@ -53,7 +53,8 @@ def full(name='cat', bs=3):
     return dict(
         title=f'resnet18 on {name}', command=f'fastrecipes pipeline {name}',
         data=dict(path=name, classes=[dict(name=name, train=8, valid=2, test=2)]*2, set_aside=[dict(path=f'{name}/1.jpg', reason=f'{name} is broken')],
-                  duplicates=1, notes=[name]),
+                  duplicates=1, notes=[name], match=name),
+        folds=[dict(number=i, n_train=20, n=10, accuracy=.9, balanced_accuracy=.8, log_loss=.25, seconds=1.) for i in (1, 2)],
         table=[row(name, .9, seconds=3.), row(f'{name} 2', .95, note=name)], difference={'accuracy': Difference(.05, .01, .09, 400)},
         techniques=[dict(name='mixup', arguments=dict(alpha=name), effect=name, summary=name, source='arXiv:1710.09412')],
         fits=[dict(name=name, columns=cols, rows=[[1., .9, .5]]), dict(name='all layers', columns=cols, rows=[[.8, math.nan, .6]]*bs)],

@@ -33,7 +33,7 @@ def test_an_unknown_network_names_the_nearest():
 def test_statistics_are_those_of_the_training_pixels(dls):
     from PIL import Image, ImageOps
     pixels = np.stack([np.asarray(ImageOps.fit(read_image(f), (32, 32), Image.Resampling.BILINEAR)) for f in dls.train.items])/255.
-    mean, std = train_statistics(dls.train)
+    mean, std = train_statistics(dls)
     assert mean == pytest.approx(pixels.mean((0, 1, 2)), abs=1e-6) and std == pytest.approx(pixels.std((0, 1, 2)), abs=1e-6)
 
 
