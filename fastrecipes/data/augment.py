@@ -69,7 +69,10 @@ class Cut(Homography):
         out = np.empty(x.shape, source.dtype)
         for to, picture, mirrored, i, j in zip(out, source, self.mirrored, self.dy+c, self.dx+c):
             cut = picture[:, i:i+h, j:j+w]
-            to[:] = cut[..., ::-1] if mirrored else cut
+            if not mirrored: to[:] = cut
+            elif cut.dtype != np.uint8: to[:] = cut[..., ::-1]
+            else:
+                for plane, one in zip(cut, to): cv2.flip(plane, 1, one)        # bytes backwards one by one take ten times as long
         return torch.from_numpy(out)
 
 

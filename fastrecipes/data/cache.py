@@ -13,7 +13,7 @@ import torch
 from fastai.basics import DataLoaders, Learner
 from fastai.data.core import Datasets, TfmdDL
 from fastai.data.load import fa_collate
-from fastai.data.transforms import ToTensor
+from fastai.data.transforms import Categorize, ToTensor
 from fastai.vision.augment import Resize
 from fastai.vision.core import AddMaskCodes, PILBase
 from fastcore.xdg import xdg_cache_home
@@ -46,8 +46,12 @@ class Pixels:
 
 
 class Values:
-    "Another element of a dataset's samples, all of them collated."
-    def __init__(self, items: list): self.values = retain_type(fa_collate(items), items[0])
+    "Another element of a dataset's samples, all of them collated; classes looked up without the dispatch of each."
+    def __init__(self, tl):
+        *before, last = tl.tfms.fs
+        if type(last) is not Categorize: self.values = retain_type(fa_collate(items := list(tl)), items[0])
+        else: self.values = retain_type(torch.tensor([last.vocab.o2i[compose_tfms(item, before)] for item in tl.items]), tl[0])
+
     def take(self, idx: np.ndarray): return self.values[torch.from_numpy(idx)]
 
 
@@ -97,7 +101,7 @@ def cached(dls: DataLoaders, folder=None, sizes: list[int] | None = None, worker
     new = copy(dls)
     new.loaders = list(dls.loaders)
     for dl, by_size in zip(loaders, recipes):
-        values = {j: Values(list(tl)) for j, tl in enumerate(dl.dataset.tls) if j not in by_size[None]}
+        values = {j: Values(tl) for j, tl in enumerate(dl.dataset.tls) if j not in by_size[None]}
         columns = {size: [values[j] if j in values else own[j].column(decoded) for j in range(len(dl.dataset.tls))] for size, own in by_size.items()}
         ours = dict(columns=columns.pop(None), sizes=columns, workers=dl.fake_l.num_workers, num_workers=0)
         new.loaders[dls.loaders.index(dl)] = dl.new(cls=CachedDL, **ours)

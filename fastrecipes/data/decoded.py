@@ -1,20 +1,20 @@
-"Files of decoded pixels: made once, by as many threads as there are cores, and mapped into the memory of whoever reads them."
+"Files of decoded pixels: made once, on every core, and mapped into the memory of whoever reads them."
 import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
+from fastrecipes.data.processes import each_chunk
 from fastrecipes.errors import BadValue
 
 __all__ = ['NoRoom', 'decode_once', 'in_bytes']
 
-CHUNK, FLUSH = 64, 5.           # images decoded in one go; seconds between two writes of what is done
+FLUSH = 5.                      # seconds between two writes of what is done
 
 
 class NoRoom(Exception):
@@ -24,7 +24,7 @@ class NoRoom(Exception):
 def decode_once(files: list[Path], how: str, decode: Callable[[Path], np.ndarray], folder: Path, workers: int | None = None) -> Path:
     """A file in `folder` that holds the pixels of `files`, a NumPy array `(n, …)` of uint8 to be mapped, not read.
 
-    It is made by the first who asks: `decode(file)` gives the pixels of one image, all of one shape, in `workers` threads. Its name
+    It is made by the first who asks: `decode(file)` gives the pixels of one image, all of one shape, in `workers` processes (see `each_chunk`). Its name
     depends on the files (path, size, time of change) and on `how`, which says what `decode` does. It appears whole or not at all;
     decoding that was cut off goes on, and others who ask meanwhile wait. Raises `NoRoom` where the disk is too full."""
     target = folder/f'{_fingerprint(files, how)}.npy'
@@ -32,21 +32,22 @@ def decode_once(files: list[Path], how: str, decode: Callable[[Path], np.ndarray
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(lock := f'{target}.lock'):
-            if not target.exists(): _fill(target, files, decode, workers or min(16, os.cpu_count()))
+            if not target.exists(): _fill(target, files, decode, workers)
         Path(lock).unlink(missing_ok=True)
     except OSError as e: raise NoRoom(f'{folder} cannot be written: {e.strerror or e}') from None
     return target
 
 
 def _fingerprint(files, how: str) -> str:
-    digest = blake2b(how.encode(), digest_size=12)
+    digest, real = blake2b(how.encode(), digest_size=12), {}
     for f in files:
-        s = f.stat()
-        digest.update(f'\n{f.resolve()} {s.st_size} {s.st_mtime_ns}'.encode())
+        s, folder = os.stat(f), os.path.dirname(f)
+        if folder not in real: real[folder] = os.path.realpath(folder)
+        digest.update(f'\n{real[folder]}/{os.path.basename(f)} {s.st_size} {s.st_mtime_ns}'.encode())
     return digest.hexdigest()
 
 
-def _fill(target: Path, files, decode, workers: int):
+def _fill(target: Path, files, decode, workers):
     "Decode into `target.part`, marking in `target.done` what is there, and give it its name when all is."
     part, done = Path(f'{target}.part'), Path(f'{target}.done')
     first = decode(files[0])
@@ -58,30 +59,24 @@ def _fill(target: Path, files, decode, workers: int):
     done.unlink()
 
 
-def _decode(pixels, there, files, decode, workers: int):
-    "Fill the rows of `pixels` that `there` does not mark yet."
+def _decode(pixels, there, files, decode, workers):
+    "Fill the rows of `pixels` that `there` does not mark yet; processes share the file that `pixels` is mapped from."
     left, finished, last = np.flatnonzero(there == 0), [], time.monotonic()
 
-    def some(rows):
-        for i in rows:
-            one = decode(files[i])
-            if one.shape != pixels.shape[1:]:
-                raise BadValue(f'cache: images must come out in one size, got {_px(one.shape)} for {files[i]} and {_px(pixels.shape[1:])} for {files[0]}; '
-                               'resize them by an item transform')
-            pixels[i] = one
-        return rows
+    def fill(i):
+        one = decode(files[i])
+        if one.shape != pixels.shape[1:]:
+            raise BadValue(f'cache: images must come out in one size, got {_px(one.shape)} for {files[i]} and {_px(pixels.shape[1:])} for {files[0]}; '
+                           'resize them by an item transform')
+        pixels[i] = one
 
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for rows in pool.map(some, np.array_split(left, -(-len(left)//CHUNK))) if len(left) else ():
-                finished.append(rows)
-                if time.monotonic()-last < FLUSH: continue
-                _mark(pixels, there, finished)
-                last = time.monotonic()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        finally: _mark(pixels, there, finished)
+    try:
+        for done, _ in each_chunk(fill, left.tolist(), workers):
+            finished.append(left[done])
+            if time.monotonic()-last < FLUSH: continue
+            _mark(pixels, there, finished)
+            last = time.monotonic()
+    finally: _mark(pixels, there, finished)
 
 
 def _mark(pixels, there, finished: list):

@@ -1,7 +1,6 @@
 "Every image of a folder looked at once: what it holds, whether it can be read, and where the same bytes come up again."
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -12,6 +11,7 @@ from fastcore.xdg import xdg_cache_home
 
 from fastrecipes.data.duplicates import greys, phashes
 from fastrecipes.data.pixels import read_image
+from fastrecipes.data.processes import each_chunk
 from fastrecipes.errors import BadValue, NotThere, nearest
 from fastrecipes.files import whole
 
@@ -60,7 +60,7 @@ def scan(root: Path, skip=()) -> tuple[dict[str, list[Path]], list[tuple[Path, s
 def _is_image(p: Path) -> bool: return p.suffix.lower() in image_extensions
 
 
-def verdicts(files: list[Path], workers: int = 4, progress=None) -> dict[Path, Verdict]:
+def verdicts(files: list[Path], workers: int | None = None, progress=None) -> dict[Path, Verdict]:
     """A verdict on each file, decoded in full once; remembered by path, size and modification time in the user's cache folder.
 
     `progress(done, total)` is told of the files that had to be opened."""
@@ -68,15 +68,9 @@ def verdicts(files: list[Path], workers: int = 4, progress=None) -> dict[Path, V
     known = json.loads(memory.read_text()) if memory.exists() else {}
     stamp = {p: _stamp(p) for p in files}
     new = [p for p in files if known.get(str(p), [None])[0] != stamp[p]]
-    with ThreadPoolExecutor(workers) as pool:
-        pictures = []
-        for i, (p, (v, picture)) in enumerate(zip(new, pool.map(_look, new)), 1):
-            known[str(p)] = [stamp[p], asdict(v)]
-            pictures.append(picture)
-            if len(pictures) == 512 or i == len(new):
-                for q, h in zip(new[i-len(pictures):i], phashes(pictures)): known[str(q)][1]['phash'] = h
-                pictures = []
-            if progress: progress(i, len(new))
+    for some, looks in each_chunk(_look, new, workers):
+        for p, (v, _), h in zip(new[some], looks, phashes([picture for _, picture in looks])): known[str(p)] = [stamp[p], {**asdict(v), 'phash': h}]
+        if progress: progress(min(some.stop, len(new)), len(new))
     if new: _write(memory, {str(p): known[str(p)] for p in files})
     return {p: Verdict(**known[str(p)][1]) for p in files}
 
@@ -93,7 +87,7 @@ def _look(p: Path) -> tuple[Verdict, bytes]:
 
 def _stamp(p: Path) -> str:
     s = p.stat()
-    return f'{s.st_size}-{s.st_mtime_ns}'
+    return f'{SCHEMA}-{s.st_size}-{s.st_mtime_ns}'
 
 
 def _memory(files: list[Path]) -> Path:

@@ -13,7 +13,7 @@ __all__ = ['Zygote', 'kept', 'same']
 
 
 class Zygote:
-    "`run(argv, log)`: the command line in a process of its own, its output appended to `log`; `after`: kill it that many seconds later."
+    "`run(argv, log)`: the command line in a process of its own, its output appended to `log`; `after`: kill it that many seconds later, or once that file is there."
     def __enter__(self):
         env = os.environ | dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PYTHONPATH=str(Path(__file__).parents[2]), PYTHONWARNINGS='ignore')
         self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
@@ -23,11 +23,13 @@ class Zygote:
         self.process.stdin.close()
         self.process.wait()
 
-    def run(self, argv, log, after: float | None = None, signal_=signal.SIGKILL) -> tuple[int, float]:
+    def run(self, argv, log, after: float | Path | None = None, signal_=signal.SIGKILL) -> tuple[int, float]:
         "The exit code, −9 when killed in time, and the seconds that it took."
         pid, started = self.start(argv, log), time.monotonic()
         if after is not None:
-            time.sleep(after)
+            if isinstance(after, Path):
+                while not after.exists() and time.monotonic() < started + 120: time.sleep(.02)
+            else: time.sleep(after)
             os.kill(pid, signal_)               # one that is done already is a zombie until it is waited for
         return self.wait(), time.monotonic()-started
 
