@@ -7,6 +7,7 @@ from fastai.vision.augment import AffineCoordTfm, LightingTfm, RandTransform, fi
 from fastai.vision.core import TensorBBox, TensorMask, TensorPoint
 
 from fastrecipes.data.loaders import first_sample
+from fastrecipes.data.memory import recycled
 from fastrecipes.data.transforms import Draw, check_images, on_batches
 from fastrecipes.errors import BadValue
 from fastrecipes.technique import say, technique
@@ -41,13 +42,12 @@ class Homography:
         return y.round_().clamp_(0, 255).to(x.dtype) if x.dtype == torch.uint8 else y.to(x.dtype)
 
     def _by_opencv(self, x):
-        source = np.ascontiguousarray(x.numpy())
-        out = np.empty_like(source)
-        for planes, to, m in zip(source, out, self.pixels(*x.shape[-2:])):
+        out = recycled(x.shape, x.dtype)
+        for planes, to, m in zip(np.ascontiguousarray(x.numpy()), out.numpy(), self.pixels(*x.shape[-2:])):
             if len(planes) == 3: cv2.split(_moved(cv2.merge(list(planes)), m), list(to))
             else:
                 for plane, one in zip(planes, to): _moved(plane, m, one)
-        return torch.from_numpy(out)
+        return out
 
 
 def _moved(picture, m, out=None):
@@ -62,18 +62,15 @@ class Cut(Homography):
         self.mirrored, self.dx, self.dy = mirrored.numpy(), dx.numpy().astype(int), dy.numpy().astype(int)
 
     def image(self, x: torch.Tensor) -> torch.Tensor:
-        "`x` `(n, c, h, w)` of any type, cut; on a CPU."
-        if x.device.type != 'cpu': return super().image(x)
-        (h, w), c = x.shape[-2:], max(np.abs(self.dx).max(), np.abs(self.dy).max())
-        source = np.pad(x.numpy(), ((0, 0), (0, 0), (c, c), (c, c)), 'reflect')
-        out = np.empty(x.shape, source.dtype)
-        for to, picture, mirrored, i, j in zip(out, source, self.mirrored, self.dy+c, self.dx+c):
-            cut = picture[:, i:i+h, j:j+w]
-            if not mirrored: to[:] = cut
-            elif cut.dtype != np.uint8: to[:] = cut[..., ::-1]
-            else:
-                for plane, one in zip(cut, to): cv2.flip(plane, 1, one)        # bytes backwards one by one take ten times as long
-        return torch.from_numpy(out)
+        "`x` `(n, c, h, w)`, cut."
+        if x.device.type != 'cpu' or x.dtype not in (torch.uint8, torch.float32): return super().image(x)
+        (h, w), c, out = x.shape[-2:], int(max(np.abs(self.dx).max(), np.abs(self.dy).max())), recycled(x.shape, x.dtype)
+        for picture, to, mirrored, i, j in zip(x.numpy(), out.numpy(), self.mirrored, self.dy+c, self.dx+c):
+            for plane, one in zip(picture, to):
+                cut = cv2.copyMakeBorder(plane, c, c, c, c, cv2.BORDER_REFLECT_101)[i:i+h, j:j+w] if c else plane
+                if mirrored: cv2.flip(cut, 1, one)
+                else: one[:] = cut
+        return out
 
 
 def light(x: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor) -> torch.Tensor:
@@ -83,9 +80,9 @@ def light(x: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor) -> 
     if x.dtype != torch.uint8: return _lit(x, brightness, contrast)
     tables = _lit((torch.arange(256, device=x.device)/255).expand(len(x), 256), brightness, contrast).mul_(255).round_().byte()
     if x.device.type != 'cpu': return tables.gather(1, x.flatten(1).long()).view(x.shape)
-    out = np.empty(x.shape, np.uint8)
-    for picture, table, to in zip(np.ascontiguousarray(x.numpy()), tables.numpy(), out): cv2.LUT(picture.reshape(-1, x.shape[-1]), table, to.reshape(-1, x.shape[-1]))
-    return torch.from_numpy(out)
+    out = recycled(x.shape, torch.uint8)
+    for picture, table, to in zip(np.ascontiguousarray(x.numpy()), tables.numpy(), out.numpy()): cv2.LUT(picture.reshape(-1, x.shape[-1]), table, to.reshape(-1, x.shape[-1]))
+    return out
 
 
 def _lit(x, brightness, contrast):

@@ -25,6 +25,7 @@ from torch.utils.data import Subset, TensorDataset
 from fastrecipes.data.decoded import NoRoom, decode_once, in_bytes
 from fastrecipes.data.images import Fit, RGBImage
 from fastrecipes.data.keyed import KeyedDL, keyed
+from fastrecipes.data.memory import InPlace, recycled
 from fastrecipes.data.pixels import fit_image, read_image
 from fastrecipes.errors import BadValue
 from fastrecipes.technique import say, technique
@@ -40,7 +41,9 @@ class Pixels:
 
     def take(self, idx: np.ndarray):
         if self._array is None: self._array = np.asarray(np.load(self.file, mmap_mode='r'))
-        return retain_type(torch.from_numpy(self._array[self.rows[idx]]), self.like)
+        out = recycled((len(idx), *self._array.shape[1:]), torch.uint8)
+        np.take(self._array, self.rows[idx], 0, out.numpy(), mode='clip')       # any other mode takes memory of its own
+        return retain_type(out, self.like)
 
     def __getstate__(self): return {**vars(self), '_array': None}
 
@@ -62,6 +65,7 @@ class CachedDL(KeyedDL):
     def __init__(self, *args, columns=None, sizes=None, workers: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
         self.columns, self.sizes, self.workers = columns, sizes or {}, workers
+        self.after_batch = InPlace(self.after_batch, split_idx=self.after_batch.split_idx)
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is not None and dataset is not self.dataset: return super().new(dataset, cls or KeyedDL, **{'num_workers': self.workers, **kwargs})

@@ -1,4 +1,4 @@
-"The same done to many files at once, on every core: small ones keep Python itself busy, and its threads wait for each other."
+"The same done to many files at once, on every core."
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +14,8 @@ CHUNK, FEW = 64, 512        # items done in one go; items below which starting p
 def each_chunk(f: Callable, items: list, workers: int | None = None) -> Iterator[tuple[slice, list]]:
     """`f(item)` of each item, chunk by chunk in their order: (which items, what `f` gave for them); an exception of `f` is raised here.
 
-    In `workers` processes (default: one a core, at most 16) where there are many items and processes can be forked, else in threads. `f`
+    In `workers` processes (default: one a core, at most 16) where there are many items and processes can be forked, else in threads: on small
+    images Python itself is busy, and its threads wait for each other. `f`
     needs no pickling and must not be torch's work, what it gives must be picklable. The processes end with this one, however it ends."""
     workers, chunks = workers or min(16, os.cpu_count()), [slice(i, i+CHUNK) for i in range(0, len(items), CHUNK)]
     todo = _Chunks(f, items, chunks)

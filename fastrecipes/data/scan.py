@@ -2,7 +2,7 @@
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def verdicts(files: list[Path], workers: int | None = None, progress=None) -> di
     stamp = {p: _stamp(p) for p in files}
     new = [p for p in files if known.get(str(p), [None])[0] != stamp[p]]
     for some, looks in each_chunk(_look, new, workers):
-        for p, (v, _), h in zip(new[some], looks, phashes([picture for _, picture in looks])): known[str(p)] = [stamp[p], {**asdict(v), 'phash': h}]
+        for p, (v, _), h in zip(new[some], looks, phashes([picture for _, picture in looks])): known[str(p)] = [stamp[p], {**vars(v), 'phash': h}]
         if progress: progress(min(some.stop, len(new)), len(new))
     if new: _write(memory, {str(p): known[str(p)] for p in files})
     return {p: Verdict(**known[str(p)][1]) for p in files}
