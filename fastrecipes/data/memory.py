@@ -22,7 +22,8 @@ def recycled(shape, dtype: torch.dtype) -> torch.Tensor:
     "An empty tensor on the CPU. Its memory is used for another when no tensor, and no view of one, holds it any more."
     size = math.prod(shape)*dtype.itemsize
     if size < SMALL: return torch.empty(shape, dtype=dtype)
-    block = _spare[size].pop() if _spare[size] else np.empty(size, np.uint8)
+    try: block = _spare[size].pop()
+    except IndexError: block = np.empty(size, np.uint8)
     lent = block[:]                             # an object of its own: the tensor holds it, and its end is that of the tensor's storage
     weakref.finalize(lent, _back, block).atexit = False
     return torch.from_numpy(lent).view(dtype).view(tuple(shape))

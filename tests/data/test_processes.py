@@ -1,10 +1,13 @@
 "Work spread over processes: in order, whole, and its errors where they can be caught."
 import os
+import random
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from fastrecipes.data.processes import CHUNK, FEW, each_chunk
 from fastrecipes.errors import BadValue
@@ -24,6 +27,14 @@ def test_many_are_done_by_other_processes_and_few_by_threads():
 
 
 @pytest.mark.parametrize('n', [2*CHUNK, FEW])
+def test_nothing_is_drawn(n):
+    drawn = lambda: (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())
+    before = drawn()
+    for _ in each_chunk(lambda i: i, list(range(n)), workers=2): pass
+    assert drawn() == before
+
+
+@pytest.mark.parametrize('n', [2*CHUNK, FEW])
 def test_an_error_is_the_one_that_was_raised(n):
     def fails(i):
         if i == CHUNK+3: raise BadValue('three too many')
@@ -39,7 +50,6 @@ def test_one_worker_needs_no_other_process():
 
 
 def test_what_is_written_to_a_mapped_file_is_there_afterwards(tmp_path):
-    import numpy as np
     a = np.lib.format.open_memmap(Path(tmp_path/'a.npy'), 'w+', np.int64, (FEW,))
     def write(i): a[i] = i
     for _ in each_chunk(write, list(range(FEW)), workers=2): pass
