@@ -16,8 +16,8 @@ test: .venv/ready
 
 # uv where there is one; else a plain venv whose pip brings uv: what pip it starts from no longer matters.
 .venv/ready: setup.cfg pyproject.toml
-	@if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) .venv && uv pip install --python $(BIN)/python -e '.[dev,serve,weights]'; \
-	else $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet -U pip uv && $(BIN)/uv pip install --python $(BIN)/python -e '.[dev,serve,weights]'; fi
+	@if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) .venv && uv pip install --compile-bytecode --python $(BIN)/python -e '.[dev,serve,weights]'; \
+	else $(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet -U pip uv && $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -e '.[dev,serve,weights]'; fi
 	@touch $@
 
 clean:

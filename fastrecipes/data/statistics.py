@@ -224,7 +224,7 @@ def normalize(self: Learner, kind: Literal['center', 'standardize', 'decorrelate
     keyed(self)
     self.dls = normalized_by(self.dls, NormalizePixels(pixels.to(x.device)))
     _tell(self, kind, over, seen, f'{faint:,} of {len(seen.mean):,} directions hardly vary in them: what other images show there, augmented ones too, is multiplied by up to '
-          f'{eps**-.5:,.0f}; raise eps (.1)' if faint else '', known)
+          f'{eps**-.5:,.0f}; raise eps (.1)' if faint and eps < .01 else '', known)
     return self
 
 

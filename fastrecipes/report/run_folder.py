@@ -277,8 +277,8 @@ def load_run(path):
     for i, dl in enumerate(dls.loaders): dl.after_batch = learn.dls.loaders[min(i, len(learn.dls.loaders)-1)].after_batch
     learn.dls = dls.to(learn.dls.device)
     keyed(learn, recipe.get('seed'))
-    for name, a in list(applied(learn).items()):        # what acts on the loaders must act on the new ones
-        if TECHNIQUES[name].stage == 'data': TECHNIQUES[name].f(learn, **a.arguments)
+    for name, a in list(applied(learn).items()):        # what acts on the training loader must act on the new one; what acts on all came with learner.pkl
+        if TECHNIQUES[name].stage == 'data' and 'inference' not in TECHNIQUES[name].touches: TECHNIQUES[name].f(learn, **a.arguments)
     return learn
 
 

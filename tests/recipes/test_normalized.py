@@ -38,7 +38,7 @@ def test_the_recipe_leaves_one_normalisation_and_it_is_the_techniques(learn):
 def test_a_run_that_is_taken_up_again_has_the_numbers_it_was_trained_with(run, learn):
     from fastai.learner import load_learner
     own, again = normalization_of(load_learner(run/'learner.pkl')), normalization_of(learn)
-    assert own.factor.shape == (192, 192) and torch.allclose(own.factor, again.factor, rtol=1e-3, atol=1e-3) and torch.allclose(own.shift, again.shift, atol=1e-6)
+    assert own.factor.shape == (192, 192) and torch.equal(own.factor, again.factor) and torch.equal(own.shift, again.shift)
 
 
 def test_the_bundle_answers_as_the_learner_does(learn, tmp_path):
