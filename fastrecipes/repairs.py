@@ -130,6 +130,19 @@ if REPAIRS:
     def after_fit(self: Recorder):              # noqa: F811
         vars(self).update(vars(self).pop('of_fit', {}))
 
+    class NoAttribute(AttributeError):
+        "What neither a Learner nor its model has; which name is near it is looked up when somebody reads it."
+        def __init__(self, learn, k):
+            super().__init__(f'neither this Learner nor its {type(vars(learn).get("model")).__name__} has an attribute {k!r}')
+            self.asked, self.kind = k, type(learn)
+        def __str__(self): return super().__str__() + nearest(self.asked, dir(self.kind))
+
+    def attribute(self, k, of_model=Learner.__getattr__):
+        "An attribute of the model; or an error that names the Learner and what is near: fastai 2.8.12's names the model alone."
+        try: return of_model(self, k)
+        except AttributeError: raise NoAttribute(self, k) from None
+    Learner.__getattr__ = attribute             # not by `patch`: a module has a `__getattr__` of its own
+
     @patch
     def export(self: Learner, fname='export.pkl', pickle_module=cloudpickle, pickle_protocol=2):
         "Save what inference needs. When it cannot be pickled, fastai 2.8.12 leaves the Learner without data and optimizer; later fits train nothing."

@@ -134,9 +134,20 @@ def technique(stage: str, *, section, source: str, touches=(), after=(), before=
 
         TECHNIQUES[name] = Technique(name, method, stage, section, source, tuple(touches), tuple(after), tuple(before),
                                      refuses or {}, example, replaces)
-        setattr(Learner, name, method)
+        setattr(Learner, name, SharedName(method) if name in SHARED else method)
         return method
     return register
+
+
+SHARED = ('normalize',)         # attributes that fastai gives a Learner, and that would hide a method: `vision_learner` keeps its arguments
+
+
+class SharedName:
+    "A technique under a name that is also an attribute of the Learner: what fastai sets is kept in `vars(learn)`, and the method stays."
+    def __init__(self, method): self.method, self.name = method, method.__name__
+    def __get__(self, learn, owner=None): return self.method if learn is None else self.method.__get__(learn)
+    def __set__(self, learn, value): vars(learn)[self.name] = value
+    def __delete__(self, learn): vars(learn).pop(self.name, None)
 
 
 def _reserved(name: str) -> str | None:

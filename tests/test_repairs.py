@@ -238,3 +238,9 @@ def test_an_lr_find_that_finds_nothing_says_why(toy, tmp_path, kwargs, message):
 def test_an_index_error_of_the_users_own_suggestion_stays_one(toy, tmp_path):
     def broken(lrs, losses, num_it): return [][1]
     with pytest.raises(IndexError): toy(path=tmp_path).lr_find(show_plot=False, suggest_funcs=broken)
+
+
+def test_an_attribute_that_is_not_there_is_the_learners_and_the_nearest_is_named(toy):
+    learn = toy()
+    with pytest.raises(AttributeError, match="neither this Learner nor its Linear has an attribute 'label_smoothingg'; did you mean 'label_smoothing'"): learn.label_smoothingg(.1)
+    assert learn.parameters and not hasattr(learn, 'nothing')        # the model's are still reached

@@ -4,7 +4,7 @@ import itertools
 import pytest
 from fastai.basics import Callback, Learner
 
-from fastrecipes.technique import STAGES, TECHNIQUES, TechniqueCallback, discover, plan, put, technique
+from fastrecipes.technique import SHARED, STAGES, TECHNIQUES, TechniqueCallback, discover, plan, put, technique
 
 SET = dict(mixup=.3, balance='upsampling', early_stop=dict(patience=2), label_smoothing=True)
 
@@ -107,3 +107,18 @@ def test_no_technique_is_named_like_a_callback():
     discover()
     names = {cls.__new__(cls).name for cls in subclasses(Callback) if not cls.__module__.startswith(('test', 'fastai.callback.tensorboard'))}
     assert not names & TECHNIQUES.keys()
+
+
+def test_what_fastai_leaves_on_a_learner_hides_no_technique(tmp_path):
+    "`vision_learner` keeps its arguments as attributes, `normalize` among them."
+    from fastai.vision.all import resnet18, unet_learner, vision_learner
+
+    from fastrecipes.all import digits, image_folder
+    dls = image_folder(digits(tmp_path/'digits', imbalance=20), size=32)
+    for make in (vision_learner, unet_learner):
+        learn = make(dls, resnet18, pretrained=False, n_out=10)
+        assert {n for n in vars(learn) if n in TECHNIQUES} <= set(SHARED) and vars(learn)['normalize'] is True
+        learn.normalize('minmax').randaugment()
+        assert list(learn.techniques) == ['normalize', 'randaugment'] and vars(learn)['normalize'] is True
+    del learn.normalize
+    assert 'normalize' not in vars(learn) and callable(learn.normalize)

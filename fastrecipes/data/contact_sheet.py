@@ -3,11 +3,13 @@ from collections.abc import Mapping
 from inspect import unwrap
 
 import numpy as np
+import torch
 from fastai.basics import Callback, CancelFitException, CrossEntropyLossFlat, DataLoaders, Learner, nn
-from fastai.data.transforms import Normalize
+from fastai.torch_core import TensorImage
 from matplotlib.figure import Figure
 
 from fastrecipes.data.keyed import keyed, with_train
+from fastrecipes.data.statistics import normalizes
 from fastrecipes.data.transforms import check_images
 from fastrecipes.errors import BadName, BadValue
 from fastrecipes.randomness import forked
@@ -31,8 +33,10 @@ class _Chosen:
     def draw(self, rng): return self.indices
 
 
-def show_augmented(dls_or_learn: DataLoaders | Learner, technique, n: int = 8, rows: int = 4, **arguments) -> Figure:
+def show_augmented(dls_or_learn: DataLoaders | Learner, technique, *, n: int = 8, rows: int = 4, **arguments) -> Figure:
     """A figure of `rows` training images, each beside `n` versions of it as `technique` has a network meet them, in as many epochs.
+
+    A notebook shows it; in a script, `show_augmented(…).savefig('sheet.png')`.
 
     `technique`: a name (with its `arguments`), several, or what `use` takes as a dict: `{'randaugment': dict(n=3), 'rotate': 20}`. Images
     are spread over the training set, and denormalised. What the loaders do to training images already is done too, but for the first
@@ -41,9 +45,9 @@ def show_augmented(dls_or_learn: DataLoaders | Learner, technique, n: int = 8, r
     if n < 1 or rows < 1: raise BadValue(f'show_augmented: n and rows must be at least 1, got {n=}, {rows=}')
     if arguments and not isinstance(technique, str): raise BadName(f'show_augmented: {", ".join(arguments)}: arguments go with one name; give a dict of them otherwise')
     techniques = {technique: arguments or True} if isinstance(technique, str) else dict(technique) if isinstance(technique, Mapping) else dict.fromkeys(technique, True)
-    for t, _ in plan(techniques):
-        if 'inputs' in t.touches: continue
-        shown = ', '.join(sorted(o.name for o in TECHNIQUES.values() if 'inputs' in o.touches))
+    for t, _ in (steps := plan(techniques)):
+        if 'inputs' in t.touches and not all('inference' in o.touches for o, _ in steps): continue
+        shown = ', '.join(sorted(o.name for o in TECHNIQUES.values() if 'inputs' in o.touches and 'inference' not in o.touches))
         raise BadValue(f'show_augmented: {t.name} does not change what images look like, got {t.name!r}; those that do are {shown}')
     given = dls_or_learn if isinstance(dls_or_learn, Learner) else None
     dls = given.dls if given else dls_or_learn
@@ -69,7 +73,7 @@ def _seen(learn: Learner, dl, epoch: int) -> np.ndarray:
     with learn.no_bar(), learn.no_logging(): unwrap(Learner.fit)(learn, 1, cbs=_Look())    # without what looks whether the network can train: this one cannot
     x = learn.looked[-dl.bs:]                   # augmix puts its views behind the images
     for t in dl.after_batch.fs:
-        if isinstance(t, Normalize): x = x*t.std.cpu() + t.mean.cpu()
+        if normalizes(t): x = t.decodes(TensorImage(x)).as_subclass(torch.Tensor)
     x = x.float().clamp(0, 1) if x.is_floating_point() else x.float()/255
     return x.permute(0, 2, 3, 1).numpy()
 

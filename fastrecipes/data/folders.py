@@ -84,7 +84,7 @@ def image_folder(path, *, size: int = 224, bs: int = 64, valid: float | list[str
     the one named (see `cached`). What was found lies in `.holdings`.
 
     `valid` may also be the files that validate, names relative to `path`; a CSV with the columns file and split (train, valid or test)
-    that lists every image; or a function of the file that gives True, False or a side. `groups`: who or what is in the picture, and
+    that lists every image, and decides alone; or a function of the file that gives True, False or a side. `groups`: who or what is in the picture, and
     never on two sides: a regular expression (its group, or all that matches, in the name relative to `path`; a file that it does not match is
     alone), a column of the CSV, or a function of the file (None: alone). Pictures that look the same (see `near_pairs`) are kept
     on one side, too, with `near_duplicates='together'`; with 'warn', `.holdings.notes` tell of those on two sides, and of those with two labels.
@@ -96,6 +96,7 @@ def image_folder(path, *, size: int = 224, bs: int = 64, valid: float | list[str
     check_shares(0 if (explicit := assigned(valid)) else valid, test)
     found = found_in(path, valid if explicit else None, groups, near_duplicates, progress)
     sides = found.sides if explicit or any(found.sides) else ['']*len(found.files)
+    if isinstance(valid, (str, Path)): test = 0.               # a CSV says it of every image
     sides = _take_missing(sides, found.keys, found.labels, 0 if explicit else valid, test, seed) if any(sides) else split(found.keys, found.labels, valid, test, seed)
     if 'valid' not in sides:
         way = 'name at least one that is there' if explicit else 'give each class at least 2 images and a share above 0'
@@ -169,7 +170,10 @@ def found_in(path, valid=None, groups=None, near_duplicates: NearDuplicates = 'w
     named, notes = None, []
     if groups is not None:
         named = [of(p) for p in files]
-        if all(g is None for g in named): raise BadValue(f'groups: {groups!r} finds no group in any name, such as {told.name(files[0])}; it should match a part of it')
+        if all(g is None for g in named):
+            columns = list(next(iter(told.rows.values()), ()))
+            or_column = f', or name a column of {valid}: {", ".join(columns)}{nearest(groups, columns).rstrip(";")}' if columns and isinstance(groups, str) else ''
+            raise BadValue(f'groups: {groups!r} finds no group in any name, such as {told.name(files[0])}; it should match a part of it{or_column}')
         if alone := [told.name(p) for p, g in zip(files, named) if g is None]: notes = [f'{len(alone)} images are of no group, such as {alone[0]}']
     _, first = np.unique(digests, return_index=True)
     first.sort()                                # one of each that are equal byte by byte
@@ -222,7 +226,8 @@ def _notes(counts, digests, labels, sides) -> list[str]:
         where.setdefault(d, set()).add(s)
         named.setdefault(d, set()).add(c)
     if leaks := sum(len(s) > 1 for s in where.values()): notes.append(f'{leaks} images lie in more than one of train, valid and test')
-    if both := sum(len(c) > 1 for c in named.values()): notes.append(f'{both} images carry more than one label')
+    both = [' and '.join(sorted(c)) for c in named.values() if len(c) > 1]
+    if both: notes.append(f'{len(both)} image{"s"*(len(both) > 1)} in more than one class, such as one in {both[0]}: remove the copies that are wrong')
     return notes
 
 

@@ -73,7 +73,15 @@ def test_loaders_learner_and_random_streams_stay_as_they_are(dls, technique):
     assert np.array_equal(shown[:, 0], pictures(show_augmented(dls, 'rotate', n=1))[:, 0])
 
 
+@pytest.mark.parametrize('kind', ['standardize', 'zca'])
+def test_what_normalize_does_is_undone(dls, kind):
+    solarize = dict(p=1., threshold=0)
+    shown, plain = (pictures(show_augmented(dls, t, n=2)).astype(int) for t in (dict(normalize=dict(kind=kind, over='channels'), solarize=solarize), dict(solarize=solarize)))
+    assert np.abs(shown-plain).max() <= 1
+
+
 def test_what_is_refused(dls, toy):
+    with pytest.raises(ValueError, match='show_augmented: normalize does not change what images look like'): show_augmented(dls, 'normalize')
     with pytest.raises(TypeError, match="no technique named 'rotat'; did you mean 'rotate'"): show_augmented(dls, 'rotat')
     with pytest.raises(TypeError, match='rotate: .*degree'): show_augmented(dls, 'rotate', degree=3)
     with pytest.raises(ValueError, match='show_augmented: balance does not change what images look like.* those that do are .*cutout.*rotate'): show_augmented(dls, 'balance')

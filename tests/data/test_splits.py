@@ -150,6 +150,21 @@ def test_a_csv_without_a_column(photos):
         folder(photos, valid=csv(photos, listed(photos), 'file,splits'))
 
 
+def test_a_csv_decides_alone_also_that_nothing_tests(photos):
+    assert [len(side) for side in names(folder(photos, valid=csv(photos, [r.replace(',test', ',train') for r in listed(photos)]), test=.3))] == [16, 4, 0]
+
+
+def test_a_misspelt_column_is_told_with_those_there_are(photos):
+    with pytest.raises(ValueError, match="groups: 'patien' finds no group in any name, .*or name a column of .*split.csv: file, split, patient; did you mean 'patient'"):
+        folder(photos, valid=csv(photos, [f'{r},p' for r in listed(photos)], 'file,split,patient'), groups='patien')
+
+
+def test_a_copy_under_another_class_is_told(photos):
+    import shutil
+    shutil.copy(photos/'cat'/'0.png', photos/'dog'/'zero.png')
+    assert '1 image in more than one class, such as one in cat and dog: remove the copies that are wrong' in folder(photos).holdings.notes
+
+
 def test_folders_and_a_list_are_one_too_many(tmp_path, photos):
     import shutil
     for side in ('train', 'valid'): shutil.copytree(photos, tmp_path/'s'/side)
