@@ -5,7 +5,7 @@ from functools import partial
 import cloudpickle
 import numpy as np
 import torch
-from fastai.basics import Callback, CancelEpochException, L, LabelSmoothingCrossEntropyFlat, Learner, Recorder, noop, patch
+from fastai.basics import Callback, CancelEpochException, L, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, Recorder, noop, patch
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder, ParamScheduler, SuggestionMethod, combined_cos
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
@@ -154,6 +154,11 @@ if REPAIRS:
     def activation(self: LabelSmoothingCrossEntropyFlat, out): return F.softmax(out, self.axis)     # fastai 2.8.12 takes the last axis, a mask's width
     @patch
     def decodes(self: LabelSmoothingCrossEntropyFlat, out): return out.argmax(self.axis)
+
+    @patch
+    def activation(self: LabelSmoothingCrossEntropy, out): return F.softmax(out, 1)                 # noqa: F811  it computes along axis 1
+    @patch
+    def decodes(self: LabelSmoothingCrossEntropy, out): return out.argmax(1)                        # noqa: F811
 
     # fastai 2.8.12 finds no activation on torch's own cross entropies: `get_preds` gives logits, and `predict` every class as the answer.
     F.cross_entropy.activation = nn.CrossEntropyLoss.activation = staticmethod(partial(F.softmax, dim=1))

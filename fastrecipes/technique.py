@@ -1,6 +1,7 @@
 "The one mechanism: a technique is defined once, registered, and is then a method, a keyword, a flag, a card and a test case."
 import inspect
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import wraps
 from graphlib import CycleError, TopologicalSorter
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import fastai.callback.all    # noqa: F401  imported before we patch: a later import of theirs would undo ours
 import fastai.distributed     # noqa: F401
+import torch
 from fastai.basics import Callback, Learner, camel2snake, patch
 
 from fastrecipes import repairs  # noqa: F401  the mends of fastai
@@ -139,13 +141,31 @@ def technique(stage: str, *, section, source: str, touches=(), after=(), before=
     return register
 
 
-SHARED = ('normalize',)         # attributes that fastai gives a Learner, and that would hide a method: `vision_learner` keeps its arguments
+SHARED = ('loss', 'normalize')  # attributes that fastai gives a Learner, and that would hide a method for good
+
+
+class BatchLoss(torch.Tensor):
+    "A batch's loss that answers a call as the technique of its name; whatever is computed from it is a plain tensor."
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    def __call__(self, *args, **kwargs): return self.method(*args, **kwargs)
+    def __deepcopy__(self, memo): return deepcopy(self.view(self.shape), memo)                             # plain, and without the Learner
+    def __reduce_ex__(self, protocol): return self.view(self.shape).__reduce_ex__(protocol)
 
 
 class SharedName:
-    "A technique under a name that is also an attribute of the Learner: what fastai sets is kept in `vars(learn)`, and the method stays."
+    """A technique under a name that is also an attribute of the Learner: a tensor while that is one, and callable all the same.
+
+    fastai sets `learn.loss` in each batch, and leaves it after `validate()` and a fit that died; `vision_learner` keeps its argument `normalize`."""
     def __init__(self, method): self.method, self.name = method, method.__name__
-    def __get__(self, learn, owner=None): return self.method if learn is None else self.method.__get__(learn)
+
+    def __get__(self, learn, owner=None):
+        if learn is None: return self.method
+        method, value = self.method.__get__(learn), vars(learn).get(self.name)
+        if not isinstance(value, torch.Tensor): return method
+        value = value.as_subclass(BatchLoss)
+        value.method = method
+        return value
+
     def __set__(self, learn, value): vars(learn)[self.name] = value
     def __delete__(self, learn): vars(learn).pop(self.name, None)
 

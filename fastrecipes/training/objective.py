@@ -9,7 +9,7 @@ from fastai.data.transforms import get_c
 
 from fastrecipes.data.loaders import labels_of
 from fastrecipes.errors import BadValue, nearest
-from fastrecipes.objective import cross_entropy_of, objective
+from fastrecipes.objective import check_together, cross_entropy_of, kind_of, objective
 from fastrecipes.technique import say, technique
 
 __all__ = ['effective_number_weights']
@@ -41,6 +41,7 @@ def label_smoothing(self: Learner, eps: float = .1) -> Learner:
     if not 0 <= eps < 1: raise BadValue(f'label_smoothing: eps must be in [0, 1), got {eps}')
     if cross_entropy_of(self.loss_func) is None:
         raise BadValue(f'label_smoothing: the loss must be a cross entropy over classes, got {self.loss_func}; other targets can be smoothed in the data')
+    check_together('label_smoothing', kind_of(self))
     objective(self).smoothing = eps
     c = get_c(self.dls)
     say(self, 'label_smoothing', f'targets {1-eps+eps/c:.3f} and {eps/c:.4f} instead of 1 and 0' if c else f'targets smoothed by {eps}')
@@ -64,6 +65,7 @@ def class_weights(self: Learner, weights: list[float] | None | Literal['inverse'
     if kind not in (*WEIGHTS, 'given'): raise BadValue(f'class_weights: weights must be numbers, one a class, or one of {", ".join(WEIGHTS)}, got {kind!r}{nearest(kind, WEIGHTS)}')
     if kind != 'effective' and beta != BETA: raise BadValue(f"class_weights: beta goes with weights='effective', got {weights=}, {beta=}")
     if not 0 <= beta < 1: raise BadValue(f"class_weights: beta must be in [0, 1), got {beta}; what it comes to near 1 is weights='inverse'")
+    check_together('class_weights', kind_of(self))
     if kind != 'given':
         n = _counts(self, 'class_weights', ce, 'weights')
         weights = effective_number_weights(n, beta) if kind == 'effective' else np.divide(n.sum()/np.count_nonzero(n), n, where=n > 0, out=np.zeros(len(n)))
@@ -92,6 +94,7 @@ def logit_adjustment(self: Learner, tau: float = 1., shares: list[float] | None 
     if not 0 < tau < math.inf: raise BadValue(f'logit_adjustment: tau must be > 0 and finite, got {tau}')
     if (ce := cross_entropy_of(self.loss_func)) is None:
         raise BadValue(f'logit_adjustment: the loss must be a cross entropy over classes, got {self.loss_func}; for several labels a sample, BCEWithLogitsLossFlat(pos_weight=…)')
+    check_together('logit_adjustment', kind_of(self))
     n = np.asarray(_counts(self, 'logit_adjustment', ce, 'shares') if shares is None else shares, dtype=float)
     if shares is None and not n.all():
         raise BadValue(f'logit_adjustment: {_name(self, int(n.argmin()))} has no training samples, and its logit would be moved without limit; add some, or give shares, one a class')

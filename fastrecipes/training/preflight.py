@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from copy import copy
 from functools import cached_property, partial, wraps
 from itertools import combinations
 from pathlib import Path
@@ -28,7 +29,9 @@ from torch.utils.data import Dataset, Subset
 from fastrecipes.data.keyed import Keyed
 from fastrecipes.data.loaders import Indexed, labels_of
 from fastrecipes.errors import BadValue, few, nearest
-from fastrecipes.losses.classification import CrossEntropy, cross_entropy_of
+from fastrecipes.losses.base import ClassLoss
+from fastrecipes.losses.classification import CrossEntropy, classes_of
+from fastrecipes.metrics import Judge
 from fastrecipes.technique import TECHNIQUES
 from fastrecipes.training.finite import FiniteLoss
 from fastrecipes.training.glance import Glance, glance
@@ -167,6 +170,14 @@ def loss(start: Start) -> Iterator[str]:
     elif not values.requires_grad: yield f'{who} does not depend on the outputs in a way that can be differentiated ({got}); it may be a metric: argmax and comparisons have no gradient'
 
 
+def metrics(start: Start) -> Iterator[str]:
+    "Metrics of ours that cannot judge the outputs by the targets, or look for a class that there is not; the first validation would come to it."
+    if start.glance is None or start.glance.pred is None: return
+    for m in _judges(start.learn):
+        try: copy(m).look(start.learn, start.glance.pred, start.glance.yb)
+        except BadValue as e: yield str(e)
+
+
 def monitors(start: Start) -> Iterator[str]:
     "Names to be watched that nobody reports."
     recorder = getattr(start.learn, 'recorder', None)
@@ -210,8 +221,8 @@ def space(start: Start) -> Iterator[str]:
         if free < size: yield f'checkpoints: {size/MB:,.0f} MB are needed in {to}, {free/MB:,.0f} MB are free; make room, or name another folder'
 
 
-CHECKS = (batches, classes, outputs, inputs, loss, monitors, clashes, space)
-ONCE = (classes, outputs, inputs, loss)         # for one state of the Learner; the others cost microseconds, and each fit brings callbacks of its own
+CHECKS = (batches, classes, outputs, inputs, loss, metrics, monitors, clashes, space)
+ONCE = (classes, outputs, inputs, loss, metrics)         # for one state of the Learner; the others cost microseconds, and each fit brings callbacks of its own
 
 
 def _found(start: Start, checks: Iterable) -> Iterator[str]:
@@ -230,13 +241,16 @@ def _is_empty(dl) -> bool:
     except TypeError: return False
 
 
+def _judges(learn: Learner): return [m for m in learn.metrics if isinstance(m, Judge)]
+
+
 def _trackers(start: Start):
     return [('early_stop' if isinstance(cb, EarlyStop) else type(cb).__name__, cb) for cb in start.cbs if isinstance(cb, (TrackerCallback, EarlyStop))]
 
 
-def _over_classes(loss_func) -> CrossEntropy | None:
+def _over_classes(loss_func) -> CrossEntropy | ClassLoss | None:
     "How a loss counts classes: a cross entropy however it is spelt, focal, negative log-likelihood; None for a loss over numbers."
-    if ce := cross_entropy_of(loss_func): return ce
+    if over := classes_of(loss_func): return over
     axis, f = (loss_func.axis, loss_func.func) if isinstance(loss_func, BaseLoss) else (1, loss_func)
     return CrossEntropy(ignore_index=getattr(f, 'ignore_index', -100), axis=axis) if isinstance(f, (FocalLoss, nn.NLLLoss)) else None
 
@@ -300,7 +314,7 @@ class _Checked:
 
 def _check(learn: Learner, n_epoch: int = 1, cbs=(), folder=None):
     "Raise for what is wrong with this fit; data, network and loss are looked at once."
-    state = (*learn.dls.loaders, learn.model, learn.loss_func, *(learn.__dict__.get('techniques') or {}).values())
+    state = (*learn.dls.loaders, learn.model, learn.loss_func, *(learn.__dict__.get('techniques') or {}).values(), *_judges(learn))
     known = learn.__dict__.get('_checked', _Checked()).is_of(state)
     _raise(list(_found(Start(learn, n_epoch, folder, cbs), [c for c in CHECKS if not (known and c in ONCE)])))
     learn._checked = _Checked(state)

@@ -12,8 +12,14 @@ __all__ = ['EarlyStop', 'lower_is_better', 'monitored']
 
 
 def lower_is_better(monitor: str) -> bool:
-    "Whether a smaller value of the metric named `monitor` is the better one: losses, errors and perplexity."
+    "Whether a smaller value of a metric of fastai's or yours named `monitor` is the better one: losses, errors and perplexity; ours say so themselves."
     return any(word in monitor for word in ('loss', 'error', 'mse', 'mae', 'rmse', 'msle', 'perplexity'))
+
+
+def cost(monitor: str, value: float, metrics=()) -> float:
+    "What is the smaller the better `value` is: itself, its negative or its size, as the one of `metrics` with this name says (`better`), else by the name."
+    better = next((m.better for m in metrics if m.name == monitor and hasattr(m, 'better')), 'lower' if lower_is_better(monitor) else 'higher')
+    return {'lower': value, 'higher': -value, 'nearer 0': abs(value)}[better]
 
 
 def monitored(learn: Learner) -> list[str]:
@@ -60,7 +66,8 @@ class EarlyStop(TechniqueCallback):
     def _better(self, value) -> bool:
         if value is None or math.isnan(value): return False
         if self.best is None: return True
-        return value < self.best - self.min_delta if lower_is_better(self.monitor) else value > self.best + self.min_delta
+        new, best = (cost(self.monitor, v, self.learn.metrics) for v in (value, self.best))
+        return new < best - self.min_delta
 
     def _keep(self, value):
         self.best, self.best_epoch, self.waited = value, self.learn.epoch, 0

@@ -5,12 +5,14 @@ import pytest
 import torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, nn
 from fastai.data.transforms import Normalize
+from fastai.layers import ResBlock
 from fastai.metrics import accuracy
 from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
 from fastrecipes.data.keyed import KeyedDL, keyed
 from fastrecipes.data.loaders import Indexed
+from fastrecipes.randomness import forked
 from fastrecipes.technique import discover
 
 TECHNIQUES = discover()
@@ -42,8 +44,19 @@ def learner(n=1024, bs=64, seed=0, n_valid=192) -> Learner:
     return learn
 
 
+def residual(learn: Learner):
+    "A residual block behind the first activation, for what acts on nothing else."
+    net = learn.model
+    at = next((i for i, m in enumerate(net) if isinstance(m, nn.ReLU)), None) if isinstance(net, nn.Sequential) else None
+    if at is None or any(isinstance(m, ResBlock) for m in net): return
+    c = net[at-1].out_channels
+    with forked('residual'): net.insert(at+1, ResBlock(1, c, c, norm_type=None))
+    learn.opt = None
+
+
 def arguments(name: str, learn: Learner) -> dict:
     "What a technique is called with: the example of its record where it has one, else its defaults."
+    if name == 'stochastic_depth': residual(learn)
     example = TECHNIQUES[name].example
     return example(learn) if callable(example) else dict(example or {})
 

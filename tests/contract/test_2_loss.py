@@ -17,9 +17,10 @@ from .conftest import TECHNIQUES, refusal
 
 W, EPS, T, ALPHA, L2, NORM = [3., 1., .5], .1, 4., .9, .01, .05
 TAU, SHARES = 1.5, [.7, .2, .1]
+GAMMA = 2.
 ON = dict(class_weights=W, label_smoothing=EPS, mixup=.4, cutmix=1., cutout=3, weight_penalty=L2, to_bf16=True, to_fp16=True, prune=.3, to_parallel=dict(device_ids=[0, 1]),
           early_stop=dict(restore=False), logit_adjustment=dict(tau=TAU, shares=SHARES), distill=lambda learn: dict(teacher=teacher(), T=T, alpha=ALPHA), grad_accum=2, grad_clip=NORM,
-          augmix=lambda learn: watched(learn))
+          augmix=lambda learn: watched(learn), loss=dict(kind='focal', gamma=GAMMA))
 PAIRS = [p for p in itertools.combinations(sorted(ON), 2) if not refusal(*p)]
 
 
@@ -78,7 +79,8 @@ def by_hand(model, logits, x, y, names, partner, share):
         if share is not None: t[y[partner[i]]] += 1-share[i]
         assert float(t.sum()) == pytest.approx(1, abs=1e-5)
         logp = moved[i] - moved[i].exp().sum().log()
-        num, den = num - (w*((1-eps)*t + eps/3)*logp).sum(), den + (w*t).sum()
+        focus = (1-logp.exp())**(GAMMA if 'loss' in names else 0)
+        num, den = num - (w*((1-eps)*t + eps/3)*focus*logp).sum(), den + (w*t).sum()
     loss = num/den
     if 'distill' in names:
         answer, soft = teacher()(x).detach(), 0.

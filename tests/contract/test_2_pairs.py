@@ -18,7 +18,8 @@ def test_a_pair_trains_or_refuses(names):
     runs = []
     for order in (names, names[::-1]):
         learn = learner(128)
-        learn.use(**{n: arguments(n, learn) for n in order})
+        given = {n: arguments(n, learn) for n in names}
+        learn.use(**{n: given[n] for n in order})
         before = [p.detach().clone() for p in learn.model.parameters()]
         learn.fit(2, 3e-3)
         loss = learn.recorder.values[-1]

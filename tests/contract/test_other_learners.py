@@ -92,11 +92,12 @@ KINDS = dict(
     torch_loaders=of_torch,
     as_dataloaders=lambda: learner(as_dataloaders(in_memory(), bs=BS), convolutions(3), metrics=accuracy))
 
-ANYWHERE = 'early_stop grad_accum grad_clip prune to_bf16 to_fp16 to_fp32 to_parallel weight_penalty'.split()
-PICTURES = 'augment cutmix cutout mixup'.split()
-OF_CLASSES = 'class_weights distill label_smoothing logit_adjustment'.split()
-WORKS = dict(multi_label=PICTURES, regression=PICTURES, several_outputs=PICTURES, points=PICTURES, vectors=['mixup'], segmentation=[*PICTURES, 'distill', 'label_smoothing'],
-             table=[*OF_CLASSES, 'balance'], table_of_prices=[], torch_loaders=[*OF_CLASSES, 'cutmix', 'cutout', 'mixup'], as_dataloaders=NAMES)
+ANYWHERE = 'dropout early_stop grad_accum grad_clip prune to_bf16 to_fp16 to_fp32 to_parallel weight_decay weight_penalty'.split()
+PICTURES = 'activation augment coordconv cutmix cutout dropconnect initialize mixup norm self_attention'.split()
+OF_CLASSES = 'class_weights distill label_smoothing logit_adjustment loss'.split()
+WORKS = dict(multi_label=[*PICTURES, 'loss'], regression=PICTURES, several_outputs=PICTURES, points=PICTURES, vectors=['mixup'],
+             segmentation=[*PICTURES, 'distill', 'label_smoothing', 'loss'], table=[*OF_CLASSES, 'activation', 'balance', 'dropconnect', 'norm'],
+             table_of_prices=['activation', 'initialize'], torch_loaders=[*OF_CLASSES, 'cutmix', 'cutout', 'mixup'], as_dataloaders=NAMES)
 
 
 def trace(learn):
