@@ -133,9 +133,11 @@ if REPAIRS:
     class NoAttribute(AttributeError):
         "What neither a Learner nor its model has; which name is near it is looked up when somebody reads it."
         def __init__(self, learn, k):
-            super().__init__(f'neither this Learner nor its {type(vars(learn).get("model")).__name__} has an attribute {k!r}')
-            self.asked, self.kind = k, type(learn)
-        def __str__(self): return super().__str__() + nearest(self.asked, dir(self.kind))
+            super().__init__(k)
+            self.learn = learn
+        def __str__(self):
+            k, model = self.args[0], vars(self.learn).get('model')
+            return f'neither this Learner nor its {type(model).__name__} has an attribute {k!r}{nearest(k, dir(type(self.learn)))}'
 
     def attribute(self, k, of_model=Learner.__getattr__):
         "An attribute of the model; or an error that names the Learner and what is near: fastai 2.8.12's names the model alone."

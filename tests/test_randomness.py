@@ -55,3 +55,13 @@ def test_forked_seeds_all_three_and_gives_their_streams_back():
         with forked('k'): raise KeyError
     except KeyError: pass
     assert inside not in expected
+
+
+def test_seeding_torch_is_torchs_own_and_leaves_no_notes():
+    import torch
+    from fastrecipes.randomness import seed_torch
+    torch.manual_seed(7)
+    drawn, noted = torch.rand(5), len(torch.cuda._queued_calls)
+    for _ in range(3): seed_torch(7 + 2**63)
+    assert torch.equal(torch.rand(5), drawn) and torch.initial_seed() == 7
+    if not torch.accelerator.is_available(): assert len(torch.cuda._queued_calls) == noted

@@ -12,11 +12,12 @@ from fastai.distributed import rank_distrib
 from fastai.tabular.core import TabDataLoader, TabWeightedDL
 
 from fastrecipes.errors import BadValue
-from fastrecipes.randomness import default_seed, forked, key_of, stream, uniform
+from fastrecipes.randomness import default_seed, forked, key_of, seed_torch, stream, uniform
 from fastrecipes.technique import TechniqueCallback
 
 __all__ = ['KeyedDL', 'Keyed', 'keyed', 'per_sample']
 
+ITEMWISE = frozenset(('create_batch', 'create_item', 'do_batch', 'do_item', 'retain'))      # what users give a loader, or override, to see single items
 _batch = None                                   # the (loader, batch number) whose transforms are running, for `per_sample`
 
 
@@ -89,6 +90,15 @@ class KeyedDL(TfmdDL):
         if not self.shuffle or s is None: return super().do_item(s)
         with forked(self.seed, 'item', self.epoch, int(s)): return super().do_item(int(s) % len(self.dataset))
 
+    def create_batches(self, samps):
+        "Whole batches where the dataset can give them (`Indexed` does, of tensors) and nothing is done to single items; the same ones, many times faster."
+        if not self._whole(): return (yield from super().create_batches(samps))
+        for draws in self.chunkify(samps): yield self.dataset.batch([int(i) % len(self.dataset) for i in draws])
+
+    def _whole(self) -> bool:
+        if not self.indexed or self.bs is None or not getattr(self.dataset, 'whole', False): return False
+        return not self.after_item.fs and not self.before_batch.fs and not ITEMWISE & vars(self).keys() and all(getattr(type(self), n) is getattr(KeyedDL, n) for n in ITEMWISE)
+
     def __iter__(self):
         global _batch
         batches = super().__iter__()
@@ -145,7 +155,7 @@ class Keyed(TechniqueCallback):
         if isinstance(dl := self.learn.dls.train, KeyedDL): dl.set_epoch(self.age)
 
     def before_batch(self):
-        if self.learn.training: torch.manual_seed(key_of(self.seed, 'step', *self.step) % 2**63)
+        if self.learn.training: seed_torch(key_of(self.seed, 'step', *self.step))
 
     def after_train(self):
         if self.counts: self.done = self.age + 1    # `lr_find` costs no epoch: what follows is what it would have been without

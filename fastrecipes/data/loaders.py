@@ -8,7 +8,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.tabular.core import Tabular
 from fastai.torch_core import TensorImage, to_device
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 
 from fastrecipes.data.folders import image_folder
 from fastrecipes.data.keyed import KeyedDL
@@ -34,6 +34,23 @@ class Indexed:
         if isinstance(x, torch.Tensor) and x.ndim == 3 and x.is_floating_point(): x = TensorImage(x)
         return x, torch.as_tensor(y)
     def new_empty(self): return type(self)([], self.vocab)
+
+    @property
+    def whole(self) -> bool:
+        "Whether `batch` can take samples out of two tensors, all at once."
+        d, _ = self._rows()
+        return type(d) is TensorDataset and len(d.tensors) == 2
+
+    def batch(self, indices: list[int]):
+        "These samples, collated."
+        d, rows = self._rows()
+        at = torch.tensor(indices if rows is None else [rows[i] for i in indices])
+        x, y = (t[at] for t in d.tensors)
+        return (TensorImage(x) if x.ndim == 4 and x.is_floating_point() else x), y
+
+    def _rows(self) -> tuple:
+        "The dataset that holds the samples, and which of them are meant, in order; None for all."
+        return (self.dataset.dataset, self.dataset.indices) if type(self.dataset) is Subset else (self.dataset, None)
 
 
 class _Given:

@@ -6,7 +6,8 @@ from fastai.basics import Learner, nn
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from fastrecipes.data.loaders import as_dataloaders, labels_of
+from fastrecipes.data.keyed import KeyedDL
+from fastrecipes.data.loaders import Indexed, as_dataloaders, labels_of
 
 X, Y = torch.randn(60, 3, 8, 8), torch.arange(60) % 3
 
@@ -66,3 +67,30 @@ def test_what_holds_no_samples_is_refused():
     with pytest.raises(ValueError, match='IterableDataset'): as_dataloaders((DataLoader(Stream()), DataLoader(Stream())))
     with pytest.raises(ValueError, match='path: a folder, fastai DataLoaders, .* got int'): as_dataloaders(3)
     with pytest.raises(ValueError, match='bs: 64 is more than the 42 training samples'): as_dataloaders(TensorDataset(X, Y))
+
+
+class ItemByItem(Indexed): whole = False
+
+
+@pytest.mark.parametrize('shape', [(3, 4, 4), (5,)])
+@pytest.mark.parametrize('part', [False, True])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_whole_batches_are_those_made_of_items(shape, part, workers):
+    from fastrecipes.data.balance import BalanceClassSampler
+    y = torch.arange(41) % 7 % 3
+    data = TensorDataset(torch.rand(41, *shape), y)
+    if part: data, y = Subset(data, range(40, 3, -1)), y[torch.arange(40, 3, -1)]
+    for kwargs in (dict(shuffle=True), dict(shuffle=True, drop_last=True), {}, dict(shuffle=True, sampler=BalanceClassSampler(y.tolist())), dict(shuffle=True, rank=1, world=2)):
+        quick, slow = (KeyedDL(kind(data, range(3)), bs=8, seed=3, num_workers=workers, **kwargs) for kind in (Indexed, ItemByItem))
+        assert quick._whole() and not slow._whole()
+        for _ in range(2):
+            for a, b in zip(quick, slow, strict=True):
+                assert type(a) is type(b) and all(type(p) is type(q) and torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_items_are_still_seen_one_by_one_by_whom_they_are_given_to():
+    data, seen = Indexed(TensorDataset(torch.rand(8, 3, 4, 4), torch.arange(8) % 2)), []
+    for kwargs in (dict(after_item=lambda o: seen.append(1) or o), dict(create_batch=lambda b: seen.append(1)), dict(before_batch=lambda b: seen.append(1) or b)):
+        seen.clear()
+        list(KeyedDL(data, bs=4, num_workers=0, **kwargs))
+        assert seen
