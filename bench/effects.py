@@ -6,25 +6,21 @@ Arms of a seed share training images, weights to begin with, order and augmentat
 those of its line, the learning rate is the baseline's. A run that is done is a line of OUT/runs.jsonl and is not run again. `--data`: where
 `cifar10.tar.xz` is unpacked, and unpacked to if it is not. `--write` puts the tables into bench/RESULTS.md."""
 import argparse
-import json
 import math
-import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastcore.xdg import xdg_cache_home
-from imbalance import ARCHIVE, Budget, pictures, resnet9
+from imbalance import Budget, done, note, paired, pictures, ready, resnet9
 from results import write
-from scipy import stats
 from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
 from fastai.basics import Learner, nn
 from fastrecipes.data.keyed import keyed
 from fastrecipes.data.loaders import as_dataloaders
-from fastrecipes.technique import discover
 
 ARMS = {'none': {}, "activation('mish')": dict(activation='mish'), "norm('group')": dict(norm=dict(kind='group', groups=8)), 'dropout(.3)': dict(dropout=.3),
         'coordconv()': dict(coordconv=True), "loss('focal')": dict(loss='focal'), 'weight_decay(.1)': dict(weight_decay=.1)}
@@ -40,10 +36,9 @@ def digits(seed: int):
     return [TensorDataset(x[i], y[i]) for i in (order[:500], order[500:])]
 
 
-def cifar(seed: int, data: Path, test={}):
+def cifar(seed: int, data: Path):
     "2,000 training images of CIFAR-10, 200 a class, and 2,000 of its test images, always the same."
-    if not test: test['set'] = pictures(data/'test', [200]*10, np.random.default_rng(0))
-    return [pictures(data/'train', [200]*10, np.random.default_rng(seed)), test['set']]
+    return [pictures(data/'train', [200]*10, np.random.default_rng(seed)), pictures(data/'test', [200]*10, np.random.default_rng(0))]
 
 
 def trained(techniques: dict, seed: int, train, test, steps: int, augment) -> Learner:
@@ -63,14 +58,8 @@ def judged(learn: Learner) -> dict:
 
 
 def main(data: Path, out: Path, seeds: int) -> str:
-    discover()
-    torch.set_num_threads(1)
-    if not (data/'test').is_dir():
-        data.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(ARCHIVE) as tar: tar.extractall(data, filter='data')
-    out.mkdir(parents=True, exist_ok=True)
-    file = out/'runs.jsonl'
-    runs = {(r['on'], r['arm'], r['seed']): r for r in (map(json.loads, file.read_text(encoding='utf8').splitlines()) if file.exists() else ())}
+    file = ready(data, out)
+    runs = {(r['on'], r['arm'], r['seed']): r for r in done(file)}
     turned = dict(flip=False, rotate=8., zoom=1.1, warp=0., lighting=0.)
     mirrored = dict(flip=True, rotate=0., zoom=1.25, warp=0., lighting=0., p=1.)
     sets = {'500 digits, 150 steps': (digits, 150, turned), '2,000 CIFAR-10 images, 300 steps': (lambda seed: cifar(seed, data), 300, mirrored)}
@@ -84,7 +73,7 @@ def main(data: Path, out: Path, seeds: int) -> str:
                 learn = trained(techniques, seed, train, test, steps, augment)
                 seconds = time.process_time()-start
                 runs[on, arm, seed] = r = dict(on=on, arm=arm, seed=seed, **judged(learn), seconds=round(seconds, 1))
-                with file.open('a', encoding='utf8') as f: f.write(json.dumps(r) + '\n')
+                note(file, r)
                 print(f'{on}, seed {seed} {arm:20} {r["accuracy"]:.1%}, log loss {r["log_loss"]:.3f}, {seconds:.0f} s', flush=True)
     minutes = sum(r['seconds'] for r in runs.values())/60
     about = (f'ResNet-9 of widths 16 to 128 from scratch, AdamW, one cycle to {LR:g}, batches of {BS}; mean ± standard deviation of {seeds} seeds, test images that chose '
@@ -97,9 +86,7 @@ def table(on: str, runs: dict, seeds: int) -> str:
     of = lambda arm, what: np.array([runs[on, arm, s][what] for s in range(seeds)])
     rows = ['| technique | accuracy, % | − none, points (95 % interval) | log loss | time against none |', '| --- | --- | --- | --- | --- |']
     for arm in ARMS:
-        d = 100*(of(arm, 'accuracy')-of('none', 'accuracy'))
-        half = stats.t.ppf(.975, seeds-1)*d.std(ddof=1)/seeds**.5
-        said = '–' if arm == 'none' else f'{d.mean():+.1f} ({d.mean()-half:+.1f} to {d.mean()+half:+.1f})'.replace('-', '−')
+        said = '–' if arm == 'none' else paired(100*(of(arm, 'accuracy')-of('none', 'accuracy')))
         a, l = 100*of(arm, 'accuracy'), of(arm, 'log_loss')
         slower = np.median(of(arm, 'seconds')/of('none', 'seconds'))
         rows.append(f'| `{arm}` | {a.mean():.1f} ± {a.std(ddof=1):.1f} | {said} | {l.mean():.3f} ± {l.std(ddof=1):.3f} | {slower:.2f}× |')

@@ -58,6 +58,30 @@ def pictures(folder: Path, per_class=None, rng=None) -> TensorDataset:
     return TensorDataset(torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).float()/255, torch.tensor(y))
 
 
+def ready(data: Path, out: Path) -> Path:
+    "One thread, CIFAR-10 unpacked to `data`, and the file in `out` that has a line for each run that is done."
+    discover()
+    torch.set_num_threads(1)
+    if not (data/'test').is_dir():
+        data.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(ARCHIVE) as tar: tar.extractall(data, filter='data')
+    out.mkdir(parents=True, exist_ok=True)
+    return out/'runs.jsonl'
+
+
+def done(file: Path) -> list[dict]: return [json.loads(line) for line in file.read_text(encoding='utf8').splitlines()] if file.exists() else []
+
+
+def note(file: Path, run: dict):
+    with file.open('a', encoding='utf8') as f: f.write(json.dumps(run) + '\n')
+
+
+def paired(d) -> str:
+    "The mean of the seeds' paired differences `d`, with Student's 95 % interval."
+    half = stats.t.ppf(.975, len(d)-1)*d.std(ddof=1)/len(d)**.5
+    return f'{d.mean():+.1f} ({d.mean()-half:+.1f} to {d.mean()+half:+.1f})'.replace('-', '−')
+
+
 def counts(most: int) -> list[int]: return [int(most*RATIO**(-i/9)) for i in range(10)]
 
 
@@ -107,15 +131,8 @@ def measured(learn: Learner) -> dict:
 
 
 def main(data: Path, out: Path, seeds: int, **settings) -> str:
-    discover()
-    torch.set_num_threads(1)
-    if not (data/'test').is_dir():
-        data.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(ARCHIVE) as tar: tar.extractall(data, filter='data')
-    out.mkdir(parents=True, exist_ok=True)
-    file = out/'runs.jsonl'
-    lines = [json.loads(line) for line in file.read_text(encoding='utf8').splitlines()] if file.exists() else []
-    runs = {(r['arm'], r['seed']): r for r in lines if r['settings'] == settings}
+    file = ready(data, out)
+    runs = {(r['arm'], r['seed']): r for r in done(file) if r['settings'] == settings}
     test = None
 
     for seed in range(seeds):
@@ -127,7 +144,7 @@ def main(data: Path, out: Path, seeds: int, **settings) -> str:
             start = time.process_time()
             learn = trained(techniques, seed, train, test, **{k: settings[k] for k in ('steps', 'bs', 'lr')})
             runs[arm, seed] = r = dict(arm=arm, seed=seed, settings=settings, **measured(learn), seconds=round(time.process_time()-start, 1))
-            with file.open('a', encoding='utf8') as f: f.write(json.dumps(r) + '\n')
+            note(file, r)
             print(f'seed {seed} {arm:28} {r["balanced_accuracy"]:.1%} balanced, {r["rare_recall"]:.1%} of the rare, {r["seconds"]:.0f} s', flush=True)
     return table({k: r for k, r in runs.items() if k[1] < seeds}, seeds, settings)
 
@@ -138,11 +155,7 @@ def table(runs: dict, seeds: int, settings: dict) -> str:
     spread = lambda v: f'{100*v.mean():.1f} ± {100*v.std(ddof=1):.1f}'
     rows = [f'| technique | balanced accuracy, % | − none, points (95 % interval) | macro-F1, % | recall of the {RARE} rarest, % |', '| --- | --- | --- | --- | --- |']
     for arm in ARMS:
-        said = '–'
-        if arm != 'none':
-            d = 100*(of(arm, 'balanced_accuracy')-of('none', 'balanced_accuracy'))
-            half = stats.t.ppf(.975, seeds-1)*d.std(ddof=1)/seeds**.5
-            said = f'{d.mean():+.1f} ({d.mean()-half:+.1f} to {d.mean()+half:+.1f})'.replace('-', '−')
+        said = '–' if arm == 'none' else paired(100*(of(arm, 'balanced_accuracy')-of('none', 'balanced_accuracy')))
         rows.append(f'| `{arm}` | {spread(of(arm, "balanced_accuracy"))} | {said} | {spread(of(arm, "macro_f1"))} | {spread(of(arm, "rare_recall"))} |')
     n, seconds = counts(settings['most']), sum(r['seconds'] for r in runs.values())
     said = [f'{sum(n):,} training images, {n[0]:,} to {n[-1]} a class; {settings["steps"]:,} steps of {settings["bs"]} images in every arm, whatever an epoch is to it '
