@@ -27,7 +27,7 @@ from fastrecipes.losses.classification import *
 from fastrecipes.losses.kinds import *
 from fastrecipes.losses.regression import *
 from fastrecipes.losses.segmentation import *
-from fastrecipes.metrics import *
+from fastrecipes.metrics.kinds import *
 from fastrecipes.objective import *
 from fastrecipes.production.bundle import *
 from fastrecipes.production.distillation import *

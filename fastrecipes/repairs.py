@@ -14,13 +14,25 @@ from torch.nn import functional as F
 
 from fastrecipes.errors import BadValue, nearest
 
-__all__ = ['REPAIRS', 'fitting']
+__all__ = ['REPAIRS', 'fitting', 'orientation']
 REPAIRS = os.environ.get('FASTRECIPES_REPAIRS', '1') != '0'
 
 
 def fitting(learn: Learner) -> bool:
     "Whether a fit is under way, and not `validate()` or `get_preds()`, which call before_fit and after_fit too."
     return learn.__dict__.get('_fitting', False) or not REPAIRS
+
+
+def orientation(monitor: str, metrics=()) -> str:
+    """'lower', 'higher' or 'nearer 0': which value of what is reported as `monitor` is the better one.
+
+    Our metrics say so themselves (`better`); of others losses, errors, perplexity and those named as a measure of errors are the better the lower."""
+    lower = any(word in monitor for word in ('loss', 'error', 'mse', 'mae', 'rmse', 'msle', 'perplexity'))
+    own = monitor.removeprefix('train_').removeprefix('valid_')
+    return next((m.better for m in metrics if m.name in (monitor, own) and hasattr(m, 'better')), 'lower' if lower else 'higher')
+
+
+def _nearer_0(value, best): return abs(value) < abs(best)
 
 
 if REPAIRS:
@@ -100,8 +112,16 @@ if REPAIRS:
             raise cause from None
 
     @patch
-    def before_fit(self: TrackerCallback):
-        """Find the column of `monitor`; outside a fit stand aside.
+    def __init__(self: TrackerCallback, monitor='valid_loss', comp=None, min_delta=0., reset_on_fit=True):
+        "Watch `monitor`; without `comp`, which way is better is found out when the metrics are known."
+        self._orig___init__(monitor, comp, min_delta, reset_on_fit)
+        self.found_out = comp is None
+
+    @patch
+    def before_fit(self: TrackerCallback):      # noqa: F811
+        """Find the column of `monitor`, and which way is better; outside a fit stand aside.
+
+        fastai 2.8.12 takes a lower value for the better only where 'loss' or 'error' is in the name: it keeps the worst model by 'mae' or 'rmse'.
 
         fastai 2.8.12 watches `validate()` too, whose row has no train_loss: it takes the next column for `monitor`, finds it better and saves
         the model. It has a bare assertion for a name that is not reported."""
@@ -111,6 +131,10 @@ if REPAIRS:
         names = [n for n in self.recorder.metric_names[1:] if n != 'time']
         if self.monitor not in names: raise BadValue(f'monitor must be one of {", ".join(names)}, got {self.monitor!r}{nearest(self.monitor, names)}')
         if self.reset_on_fit: self.last_saved_path = None
+        if self.found_out:
+            comp = dict(lower=np.less, higher=np.greater, **{'nearer 0': _nearer_0})[orientation(self.monitor, self.learn.metrics)]
+            if (comp == np.greater) != (self.comp == np.greater): self.min_delta *= -1
+            self.comp, self.best = comp, self.best if comp == self.comp else None
         self._orig_before_fit()
 
     @patch

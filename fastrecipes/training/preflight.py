@@ -31,7 +31,7 @@ from fastrecipes.data.loaders import Indexed, labels_of
 from fastrecipes.errors import BadValue, few, nearest
 from fastrecipes.losses.base import ClassLoss
 from fastrecipes.losses.classification import CrossEntropy, classes_of
-from fastrecipes.metrics import Judge
+from fastrecipes.metrics.base import Judge
 from fastrecipes.technique import TECHNIQUES
 from fastrecipes.training.finite import FiniteLoss
 from fastrecipes.training.glance import Glance, glance

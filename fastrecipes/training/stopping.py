@@ -6,20 +6,15 @@ from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import TrackerCallback
 
 from fastrecipes.errors import BadValue, nearest
+from fastrecipes.repairs import orientation
 from fastrecipes.technique import TechniqueCallback, put, say, technique
 
-__all__ = ['EarlyStop', 'lower_is_better', 'monitored']
-
-
-def lower_is_better(monitor: str) -> bool:
-    "Whether a smaller value of a metric of fastai's or yours named `monitor` is the better one: losses, errors and perplexity; ours say so themselves."
-    return any(word in monitor for word in ('loss', 'error', 'mse', 'mae', 'rmse', 'msle', 'perplexity'))
+__all__ = ['EarlyStop', 'monitored']
 
 
 def cost(monitor: str, value: float, metrics=()) -> float:
-    "What is the smaller the better `value` is: itself, its negative or its size, as the one of `metrics` with this name says (`better`), else by the name."
-    better = next((m.better for m in metrics if m.name == monitor and hasattr(m, 'better')), 'lower' if lower_is_better(monitor) else 'higher')
-    return {'lower': value, 'higher': -value, 'nearer 0': abs(value)}[better]
+    "What is the smaller the better `value` is: itself, its negative or its size."
+    return {'lower': value, 'higher': -value, 'nearer 0': abs(value)}[orientation(monitor, metrics)]
 
 
 def monitored(learn: Learner) -> list[str]:

@@ -21,7 +21,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.losses import LabelSmoothingCrossEntropyFlat
-from fastai.metrics import accuracy
+from fastai.metrics import accuracy, mae
 from torch.nn import functional as F
 
 DEFECTS = {}
@@ -46,6 +46,13 @@ class Dies(Callback):
     def __init__(self, error, batch=1): self.error, self.batch = error, batch
     def before_backward(self):
         if self.learn.train_iter == self.batch: raise self.error
+
+
+class Says(Callback):
+    "Report `values[i]` as the metric of epoch i."
+    order = 51                                  # after the Recorder wrote its row, before it is judged
+    def __init__(self, values): self.values = values
+    def after_epoch(self): self.learn.recorder.values[-1][2] = self.values[self.learn.epoch]
 
 
 class Watch(Callback):
@@ -137,6 +144,17 @@ def validate_overwrites_the_best_model(here):
     saved = torch.load(learn.path/'models/model.pth')['weight']
     wrong = bool((saved == 7).all())
     return wrong, 'best model overwritten by weights of 7.0' if wrong else 'best model kept'
+
+
+@defect
+def the_worst_model_by_mae_is_kept_as_the_best(here):
+    x, _ = samples()
+    learn = toy(here, x, x[:, :3], loss_func=nn.MSELoss(), cbs=SaveModelCallback('mae'))
+    learn.metrics = mae
+    learn.add_cb(Says([1., 3., 2.]))
+    learn.fit(3)
+    best = learn.save_model.best
+    return best != 1, f'of errors 1, 3 and 2 the best is {best:g}'
 
 
 @defect

@@ -2,9 +2,10 @@
 import pytest
 import torch
 from fastai.basics import Callback
+from fastai.callback.tracker import TrackerCallback
 
+from fastrecipes.repairs import orientation
 from fastrecipes.technique import discover
-from fastrecipes.training.stopping import lower_is_better
 
 discover()
 
@@ -49,7 +50,18 @@ def test_metrics_that_should_rise(toy):
     learn = toy().early_stop('accuracy', patience=2)
     learn.fit(5, cbs=Rise())
     assert len(learn.recorder.values) == 4 and learn.early_stop_cb.best == .9
-    assert not lower_is_better('accuracy') and lower_is_better('error_rate') and lower_is_better('train_loss')
+    assert [orientation(m) for m in ('accuracy', 'error_rate', 'train_loss', 'valid_rmse')] == ['higher', 'lower', 'lower', 'lower']
+
+
+@pytest.mark.parametrize('better, best', [('lower', -3.), ('higher', 1.), ('nearer 0', -.2), (None, 1.)])
+def test_fastais_trackers_go_by_what_a_metric_says_of_itself(toy, better, best):
+    class Says(Callback):
+        order = 51
+        def after_epoch(self): self.learn.recorder.values[-1][2] = [.5, -3., 1., -.2][self.learn.epoch]
+    learn = toy()
+    if better: learn.metrics[0].better = better
+    learn.fit(4, cbs=[Says(), tracker := TrackerCallback('accuracy')])
+    assert tracker.best == best
 
 
 def test_validate_neither_judges_nor_changes_weights_as_fastais_savemodel_does(toy):

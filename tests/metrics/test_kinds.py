@@ -24,7 +24,9 @@ from torch.utils.data import TensorDataset
 
 from fastrecipes.data.keyed import KeyedDL
 from fastrecipes.data.loaders import Indexed
-from fastrecipes.metrics import ERRORS, METRICS, OVERLAPS, metric
+from fastrecipes.metrics.counted import OVERLAPS
+from fastrecipes.metrics.kinds import METRICS, metric
+from fastrecipes.metrics.regression import ERRORS
 from fastrecipes.technique import discover
 from fastrecipes.training.state import state_of
 from fastrecipes.training.stopping import cost
