@@ -131,7 +131,7 @@ if REPAIRS:
         names = [n for n in self.recorder.metric_names[1:] if n != 'time']
         if self.monitor not in names: raise BadValue(f'monitor must be one of {", ".join(names)}, got {self.monitor!r}{nearest(self.monitor, names)}')
         if self.reset_on_fit: self.last_saved_path = None
-        if self.found_out:
+        if vars(self).get('found_out'):         # not in one that was made before this module was imported
             comp = dict(lower=np.less, higher=np.greater, **{'nearer 0': _nearer_0})[orientation(self.monitor, self.learn.metrics)]
             if (comp == np.greater) != (self.comp == np.greater): self.min_delta *= -1
             self.comp, self.best = comp, self.best if comp == self.comp else None
