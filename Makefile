@@ -11,7 +11,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	ruff check fastrecipes tests nbs
-	pytest
+	pytest -n auto --dist loadfile
 	nbdev-test
 
 # uv where there is one; else a plain venv whose pip brings uv: what pip it starts from no longer matters.

@@ -1,7 +1,7 @@
 "What many tests stand on: small real data, made once."
 import os
 
-os.environ.setdefault('OMP_NUM_THREADS', '2')
+os.environ.setdefault('OMP_NUM_THREADS', '1' if 'PYTEST_XDIST_WORKER' in os.environ else '2')
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ['XDG_CACHE_HOME'] = os.path.join(os.environ.get('PYTEST_CACHE_HOME', '/tmp'), f'fastrecipes-tests-{os.getpid()}')

@@ -110,6 +110,18 @@ def test_the_last_call_wins_and_names_stay_those_of_the_network():
     assert isinstance(net.layer2[1], SelfAttention)
 
 
+def test_its_weights_are_those_of_the_seed_and_what_is_drawn_elsewhere_stays():
+    def attends(seed, drawn):
+        learn = digits()
+        learn.keyed_cb.seed = seed
+        torch.rand(drawn)
+        before = torch.get_rng_state()
+        learn.self_attention()
+        assert torch.equal(torch.get_rng_state(), before)
+        return next(m for m in learn.model.modules() if isinstance(m, SelfAttention)).query[0].weight
+    assert torch.equal(attends(1, 3), attends(1, 5)) and not torch.equal(attends(1, 3), attends(2, 3))
+
+
 def test_where_attention_cannot_be_is_refused():
     learn, wide = pictures(timm.create_model('resnet18', num_classes=3), side=64), nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8*62*62, 3))
     with pytest.raises(ValueError, match="self_attention: 'layr2' is no layer of this network; did you mean 'layer2'"): learn.self_attention('layr2')
