@@ -25,7 +25,7 @@ def bound(who: str, f, *args, **kwargs) -> dict:
 def check_names(who: str, given, takes: list[str]):
     "Raise `BadName` for one of `given` that `who` does not take."
     for name in given:
-        if name not in takes: raise BadName(f'{who}: no argument {name!r}{nearest(name, takes)} It takes {", ".join(takes) or "none"}.')
+        if name not in takes: raise BadName(f'{who}: no argument {name!r}{nearest(name, takes) or "."} It takes {", ".join(takes) or "none"}.')
 
 
 def check_types(f, values: dict, who: str | None = None):

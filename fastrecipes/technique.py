@@ -7,6 +7,7 @@ from functools import wraps
 from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 
 import fastai.callback.all    # noqa: F401  imported before we patch: a later import of theirs would undo ours
 import fastai.distributed     # noqa: F401
@@ -15,7 +16,7 @@ from fastai.basics import Callback, Learner, camel2snake, patch
 
 from fastrecipes import repairs  # noqa: F401  the mends of fastai
 from fastrecipes.arguments import bound, check_names, check_types
-from fastrecipes.errors import BadName, BadValue, nearest
+from fastrecipes.errors import BadName, BadValue, UserError, nearest
 from fastrecipes.files import writes
 
 __all__ = ['STAGES', 'TECHNIQUES', 'RECIPE_PARAMETERS', 'Technique', 'Applied', 'TechniqueCallback', 'technique', 'put', 'say',
@@ -105,6 +106,9 @@ def say(learn: Learner, name: str, effect: str, aloud: bool = False):
 def applied(learn: Learner) -> dict[str, Applied]:
     "The techniques of `learn`, in the order they were applied."
     return learn.__dict__.setdefault('techniques', {})
+
+
+Learner.techniques = MappingProxyType({})       # of one that has none
 
 
 def technique(stage: str, *, section, source: str, touches=(), after=(), before=(), refuses=None, example=None, replaces=None):
@@ -199,7 +203,7 @@ def plan(techniques: Mapping) -> list[tuple[Technique, dict]]:
     discover()
     for name in techniques:
         if name not in TECHNIQUES:
-            raise BadName(f'no technique named {name!r}{nearest(name, TECHNIQUES)} `fastrecipes ls` lists the {len(TECHNIQUES)} there are')
+            raise BadName(f'no technique named {name!r}{nearest(name, TECHNIQUES) or "."} `fastrecipes ls` lists the {len(TECHNIQUES)} there are')
     on = {n: args for n, v in techniques.items() if (args := TECHNIQUES[n].arguments(v)) is not None}
     for a in on:
         for b in on:
@@ -221,8 +225,18 @@ def plan(techniques: Mapping) -> list[tuple[Technique, dict]]:
 def use(self: Learner, **techniques) -> Learner:
     """Apply techniques by keyword, in their own order whatever the order of the keywords.
 
-    `None`/`False` off, `True` defaults, a dict all arguments, anything else the first. Raises `TypeError` for an unknown one."""
-    for t, arguments in plan(techniques): t.f(self, **arguments)
+    `True` defaults, a dict all arguments, anything else the first; `None`/`False`: not. Raises `TypeError` for an unknown one, and `ValueError`
+    where one that is on is asked to be off: what was done to network, data or loss is not taken back. Where one is refused, the error tells
+    which were applied before it."""
+    todo, done = plan(techniques), []
+    if on := [n for n, v in techniques.items() if (v is None or v is False) and n in self.techniques]:
+        raise BadValue(f'{on[0]}: it is on, and {on[0]}={techniques[on[0]]} does not take it back; build the Learner again without it')
+    for t, arguments in todo:
+        try: t.f(self, **arguments)
+        except UserError as e:
+            if done: e.args = (f'{e}. On this Learner already: {", ".join(done)}; build it again for another choice',)
+            raise
+        done.append(t.name)
     return self
 
 

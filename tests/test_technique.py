@@ -122,3 +122,13 @@ def test_what_fastai_leaves_on_a_learner_hides_no_technique(tmp_path):
         assert list(learn.techniques) == ['normalize', 'randaugment'] and vars(learn)['normalize'] is True
     del learn.normalize
     assert 'normalize' not in vars(learn) and callable(learn.normalize)
+
+
+def test_off_does_not_pretend_to_take_back_what_is_on(toy):
+    learn = toy().use(dropout=.5)
+    with pytest.raises(ValueError, match='dropout: it is on, and dropout=False does not take it back; build the Learner again'): learn.use(dropout=False)
+    assert dict(toy().techniques) == {}
+
+
+def test_a_refusal_tells_what_was_applied_before_it(toy):
+    with pytest.raises(ValueError, match='norm: the network has no norm to exchange.*On this Learner already: initialize'): toy().use(initialize=True, norm='group')

@@ -105,13 +105,13 @@ def activation(self: Learner, kind: Literal['tanh', 'relu', 'shifted_relu', 'lea
     return self
 
 
-def plot_activations(kinds: list[str] | None = None, low: float = -4., high: float = 4.):
+def plot_activations(kinds: list[str] | str | None = None, low: float = -4., high: float = 4.):
     """One figure of activations `kinds` (default: all of `ACTIVATIONS` that map a number to a number) over [`low`, `high`], with their derivatives, dashed.
 
     'softmax' is shown as what it gives x beside 0, and 'glu' for the weights 1. Returns the figure. Raises `ValueError` for unknown kinds
     and unless low < high."""
     from matplotlib import pyplot as plt
-    kinds = list(ACTIVATIONS) if kinds is None else list(kinds)
+    kinds = list(ACTIVATIONS) if kinds is None else [kinds] if isinstance(kinds, str) else list(kinds)
     for kind in kinds:
         if kind not in ACTIVATIONS: raise BadValue(f'plot_activations: kinds must be of {", ".join(ACTIVATIONS)}, got {kind!r}{nearest(kind, ACTIVATIONS)}')
     if not kinds: raise BadValue('plot_activations: kinds is empty; leave it out for all of them')

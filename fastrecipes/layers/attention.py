@@ -39,9 +39,11 @@ def self_attention(self: Learner, layer: str | None = None) -> Learner:
     host = maps[layer]
     c, h, w = seen.calls[host].gives[1:]
     with seeded(self, 'self_attention', c): new = _plain(SelfAttention(c))
+    was = ', '.join(ours)
     if ours: uninsert(self, 'self_attention')
     operate(self, {host: Inserted('self_attention', 0, host, new)}, 'self_attention')
-    say(self, 'self_attention', f'1 layer put behind {layer}, where {h}×{w} places of {c} channels look at one another')
+    say(self, 'self_attention', f'1 layer put behind {layer}, where {h}×{w} places of {c} channels look at one another'
+        + (f'; the one behind {was} is gone, with what it learned' if was else ''))
     return self
 
 

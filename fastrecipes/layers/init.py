@@ -95,8 +95,10 @@ def initialize(self: Learner, kind: Literal['constant', 'uniform', 'normal', 'xa
     with seeded(self, 'initialize', kind):
         for m in found: f(m)
     if self.opt is not None: self.opt.clear_state()             # what it remembers is of weights that are gone
-    n = sum(m.weight.numel() for m in found)
-    say(self, 'initialize', f'{n:,} weights of {len(found)} layer{"s"*(len(found) > 1)} begin anew ({kind}), their biases at 0')
+    n, of = sum(m.weight.numel() for m in found), {p for m in found for p in m.parameters()}
+    others = sum(p.numel() for p in model.parameters() if p.ndim > 1 and p not in of) if layers == 'all' else 0
+    say(self, 'initialize', f'{n:,} weights of {len(found)} layer{"s"*(len(found) > 1)} begin anew ({kind}), their biases at 0'
+        + (f'; {others:,} of other layers stay' if others else ''))
     return self
 
 

@@ -4,7 +4,7 @@ fastai's own (`accuracy`, `mae`, `F1Score`, …) keep their names and what they 
 skipped, labels, one output for two classes, and classes that do not occur."""
 import inspect
 
-from fastai.basics import Metric
+from fastai.basics import L, Learner, Metric
 
 from fastrecipes.arguments import check_names, check_types
 from fastrecipes.errors import BadName, nearest
@@ -36,3 +36,12 @@ def metric(name: str, /, **settings) -> Metric:
     check_names(name, settings, [n for f in makes for n, p in inspect.signature(f).parameters.items() if p.kind is p.KEYWORD_ONLY])
     for f in makes: check_types(f, settings, name)
     return METRICS[name](name, **settings)
+
+
+def _by_name():
+    "Let `Learner(…, metrics=['f1', accuracy])` name metrics: fastai 2.8.12 takes a name for a function, and fails after the first epoch."
+    of_fastai = Learner.metrics
+    Learner.metrics = property(of_fastai.fget, lambda learn, ms: of_fastai.fset(learn, L(ms).map(lambda m: metric(m) if isinstance(m, str) else m)))
+
+
+_by_name()

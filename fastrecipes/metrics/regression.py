@@ -2,6 +2,7 @@
 import math
 
 from fastrecipes.errors import BadValue
+from fastrecipes.losses.kinds import WORDS, targets_of
 from fastrecipes.metrics.base import Judge
 
 __all__ = ['OfNumbers', 'ERRORS']
@@ -20,6 +21,11 @@ class OfNumbers(Judge):
         if not 0 < floor < math.inf: raise BadValue(f'{kind}: floor must be > 0 and finite, got {floor}')
         self.floor, self.better = floor, 'nearer 0' if kind == 'mbe' else 'lower'
         super().__init__(kind, **rest)
+
+    def look(self, learn, pred, yb):
+        if (own := targets_of(learn.loss_func)) and own.kind != 'numbers':
+            raise BadValue(f'{self.name}: is for numbers, and by {type(learn.loss_func).__name__} these targets are {WORDS[own.kind]}; take accuracy, f1, …')
+        return super().look(learn, pred, yb)
 
     def reset(self):
         super().reset()

@@ -49,8 +49,8 @@ def loss(self: Learner, kind: Literal[tuple(LOSSES)], gamma: float | None = None
     objective(self)
     given = ', '.join(f'{n} {v:g}' for n, v in settings.items() if v is not None)
     if same_loss(self.loss_func, new):
-        objective(self).instead = None
-        say(self, 'loss', f'{kind} is the loss that the Learner has: nothing is changed', aloud=True)
+        was, objective(self).instead = objective(self).instead, None
+        say(self, 'loss', f'{kind} is the loss that the Learner has: ' + ('nothing is changed' if was is None else 'nothing else is trained on any more'), aloud=True)
         return self
     objective(self).instead = new
     each = 'one value a batch' if isinstance(new, OverSet) else 'a mean over targets' if own.reduction != 'sum' else 'a sum over targets'

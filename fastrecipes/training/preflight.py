@@ -322,7 +322,10 @@ def _check(learn: Learner, n_epoch: int = 1, cbs=(), folder=None):
 
 def _is_ours(learn: Learner, cbs=()) -> bool:
     ours = learn.__dict__.get('techniques') or any(isinstance(cb, Keyed) for cb in (*learn.cbs, *L(cbs)))
-    return bool(ours) and os.environ.get('FASTRECIPES_PREFLIGHT', '1') != '0'
+    return bool(ours) and _is_on()
+
+
+def _is_on() -> bool: return os.environ.get('FASTRECIPES_PREFLIGHT', '1') != '0'
 
 
 def _wrap_the_fits():
@@ -331,6 +334,7 @@ def _wrap_the_fits():
 
     @wraps(fit)
     def checked_fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+        if n_epoch > start_epoch and _is_on() and _judges(self) and not _is_ours(self, cbs): _raise(list(_found(Start(self, n_epoch, None, cbs), [metrics])))
         if not _is_ours(self, cbs) or n_epoch <= start_epoch: return fit(self, n_epoch, lr, wd, cbs, reset_opt, start_epoch)
         _check(self, n_epoch, cbs)
         finds = any(isinstance(cb, LRFinder) for cb in (*self.cbs, *L(cbs)))

@@ -386,7 +386,7 @@ def test_targets_that_cannot_be_judged_are_refused(name, pred, y, said):
 
 def test_a_class_that_there_is_not_is_refused_before_the_first_batch():
     for m, said in ((metric('f1', pos_label='deseased'), "f1_deseased: the classes are 'diseased', 'normal'; got 'deseased'; did you mean 'diseased'"),
-                    (metric('roc_auc', pos_label=2), 'got 2'), (metric('mae'), r'mae: outputs \(2, 2\), targets \(2,\) must hold as many')):
+                    (metric('roc_auc', pos_label=2), 'got 2'), (metric('mae'), 'mae: is for numbers, and by CrossEntropyLossFlat these targets are one class a sample')):
         learn = learner(normal(N, 2), whole(N, c=2), vocab=['diseased', 'normal'], metrics=[m]).early_stop('valid_loss')
         with pytest.raises(ValueError, match=said): learn.fit(1)
         assert not getattr(learn.recorder, 'losses', [])
@@ -521,3 +521,11 @@ def test_fastais_accumulating_metrics_are_exported_with_the_predictions():
 
 
 def test_they_are_metrics_of_fastai(): assert all(isinstance(metric(n), Metric) for n in METRICS)
+
+
+def test_a_learner_takes_metrics_by_their_names():
+    learn = learner(normal(N, 2), whole(N, c=2), metrics=['brier', accuracy, 'f1'])
+    assert learn.metrics.attrgot('name') == ['brier', 'accuracy', 'f1'] and isinstance(learn.metrics[2], METRICS['f1'])
+    learn.metrics = 'roc_auc'
+    assert learn.metrics.attrgot('name') == ['roc_auc']
+    with pytest.raises(TypeError, match="no metric named 'f2'; did you mean 'f1'"): learn.metrics = 'f2'
