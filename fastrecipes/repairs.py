@@ -5,9 +5,9 @@ from functools import partial
 import cloudpickle
 import numpy as np
 import torch
-from fastai.basics import Callback, CancelEpochException, L, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, Recorder, noop, patch
+from fastai.basics import Callback, CancelEpochException, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, Recorder, noop, patch
 from fastai.callback.mixup import MixHandler
-from fastai.callback.schedule import LRFinder, ParamScheduler, SuggestionMethod, combined_cos
+from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from torch import nn
 from torch.nn import functional as F
@@ -55,29 +55,6 @@ if REPAIRS:
     @patch
     def _do_fit(self: Learner):
         for self.epoch in range(self._first_epoch, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-
-    @patch
-    def fit_flat_cos(self: Learner, n_epoch, lr=None, div_final=1e5, pct_start=0.75, wd=None, cbs=None, reset_opt=False, start_epoch=0):
-        """Fit for `n_epoch` epochs at a flat `lr`, annealed by a cosine to `lr/div_final` from `pct_start` of the way (0–1) on.
-
-        fastai 2.8.12 ignores `start_epoch` here and trains every epoch again."""
-        if self.opt is None: self.create_opt()
-        self.opt.set_hyper('lr', self.lr if lr is None else lr)
-        lr = np.array([h['lr'] for h in self.opt.hypers])
-        scheds = {'lr': combined_cos(pct_start, lr, lr, lr/div_final)}
-        self.fit(n_epoch, cbs=ParamScheduler(scheds)+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
-
-    @patch
-    def lr_find(self: Learner, start_lr=1e-7, end_lr=10, num_it=100, stop_div=True, show_plot=True, suggest_funcs=(SuggestionMethod.Valley)):
-        """Raise the rate from `start_lr` to `end_lr` over `num_it` batches, undo it, and suggest rates by `suggest_funcs`.
-
-        fastai 2.8.12 does not look whether any loss is left to read a rate from, and raises about an index."""
-        try: return self._orig_lr_find(start_lr, end_lr, num_it, stop_div, show_plot, suggest_funcs)
-        except IndexError:
-            losses = [float(v) for v in self.recorder.losses]
-            if losses[num_it//10:-5] and losses[num_it//10] == losses[num_it//10]: raise
-            nan = next((f'it is not a number from batch {i} on; look at the data' for i, v in enumerate(losses) if v != v), 'it rose at once; lower start_lr')
-            raise BadValue(f'lr_find: no rate can be told from the loss of {len(losses)} batches: {nan}') from None
 
     @patch
     def _with_events(self: Learner, f, event_type, ex, final=noop):

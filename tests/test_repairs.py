@@ -209,7 +209,7 @@ def test_an_lr_find_that_is_interrupted_leaves_no_trace(toy, tmp_path):
     with pytest.raises(KeyboardInterrupt): learn.lr_find(show_plot=False)
     assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
     assert all(torch.equal(s['grad_avg'], m) for s, m in zip(learn.opt.state_dict()['state'], momenta))
-    assert learn.opt.hypers[-1]['lr'] == learn.lr       # as after a whole trial
+    assert learn.opt.hypers[-1]['lr'] == .1                 # that of the fit before
     assert not list(tmp_path.glob('models/*'))
 
 

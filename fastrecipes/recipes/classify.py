@@ -22,17 +22,18 @@ from fastrecipes.training.distributed import one_process
 from fastrecipes.training.finders import find_lr
 from fastrecipes.training.reproducibility import seed_everything
 from fastrecipes.training.resume import remember
+from fastrecipes.training.schedules import SCHEDULES, fit_by
 from fastrecipes.training.transfer import backbone, check_arch, classifier
 
 __all__ = ['image_classifier', 'check_recipe', 'Schedule', 'USUAL']
 
-Schedule = Literal['flat_cos', 'one_cycle']
+Schedule = Literal[SCHEDULES]
 USUAL = dict(augment=True, label_smoothing=.1)      # what the recipe switches on unless told otherwise
 
 
 def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64,
                      valid: float | list[str] | str | Callable = .2, test: float = .1, groups: str | Callable | None = None, near_duplicates: NearDuplicates = 'warn',
-                     resize: Resize = 'crop', pretrained: bool = True, schedule: Schedule = 'flat_cos', seed: int = 42, workers: int | None = None,
+                     resize: Resize = 'crop', pretrained: bool = True, weights: str | None = None, schedule: Schedule = 'flat_cos', seed: int = 42, workers: int | None = None,
                      out: str | None = None, overwrite: bool = False, **techniques) -> Learner:
     """Train a network on a folder of images, `path/<class>/*`, and return the fitted Learner.
 
@@ -53,7 +54,8 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
         near_duplicates: together keeps pictures that look the same on one side; warn only tells of them
         resize: how images get their size: crop, squish or pad
         pretrained: start from trained weights
-        schedule: how the rate moves: flat_cos or one_cycle
+        weights: a file of weights of `arch` to start from, instead of those that it comes with (.pth, .pt or .safetensors)
+        schedule: how the rate moves: constant, step, decay, cos, flat_cos, sgdr (warm restarts) or one_cycle
         seed: of the split and of every draw
         workers: processes that decode images
         out: the run folder; a run that was cut off there goes on
@@ -65,7 +67,7 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     check_recipe(path, arch, epochs, lr, schedule)
     if groups is not None and not isinstance(path, (str, Path)): raise BadValue(f'groups: found in the names of files, and path is {type(path).__name__}; give a folder of images')
     if 'to_distributed' not in {t.name for t, _ in todo}: one_process('image_classifier without to_distributed')
-    net = backbone(arch, pretrained)
+    net = backbone(arch, pretrained, weights=weights)
 
     seed_everything(seed)
     dls = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, groups=groups,
@@ -76,7 +78,7 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
         keyed(learn, seed)
         for t, arguments in todo: t.f(learn, **arguments)
 
-        train(learn, epochs, lr, schedule, pretrained)
+        train(learn, epochs, lr, schedule, pretrained or weights is not None)
 
         if run:
             scored = score(learn)
@@ -86,16 +88,16 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
 
 def train(learn: Learner, epochs: int, lr: float | str = 'find', schedule: Schedule = 'flat_cos', pretrained: bool = False, title: str = 'all layers'):
     "Find a rate if asked, then fit: from scratch all at once; `pretrained`, one epoch of the new head first, then earlier layers at lower rates."
-    fit, past = getattr(learn, f'fit_{schedule}'), history(learn)
+    past = history(learn)
     if lr == 'find':
         past.found = remember('learning rate', lambda: find_lr(learn))
         lr = past.found.lr
     if pretrained:
         past.title = 'new head, body frozen'
-        fit(1, lr)
+        fit_by(learn, schedule, 1, lr)
         learn.unfreeze()
     past.title = title
-    fit(epochs, slice(lr/10, lr/2) if pretrained else lr)
+    fit_by(learn, schedule, epochs, slice(lr/10, lr/2) if pretrained else lr)
 
 
 def check_fit(epochs: int, lr: float | str):

@@ -48,8 +48,8 @@ class Shipped:
 
 
 def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, valid: float = .2,
-             test: float = .1, resize: Resize = 'crop', pretrained: bool = True, schedule: Schedule = 'flat_cos', seed: int = 42,
-             workers: int | None = None, baseline: bool = True, student: str | None = None, prune: float | bool | None = None,
+             test: float = .1, resize: Resize = 'crop', pretrained: bool = True, weights: str | None = None, schedule: Schedule = 'flat_cos',
+             seed: int = 42, workers: int | None = None, baseline: bool = True, student: str | None = None, prune: float | bool | None = None,
              quantize: Quantize | bool | None = 'static', tolerance: float = .5, compress_epochs: int | None = None, out: str | None = None,
              overwrite: bool = False, **techniques) -> Shipped:
     """Train a network on a folder of images, compare it with plain fastai on images neither saw, compress it, and ship it as a verified bundle.
@@ -68,7 +68,8 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
         test: share of each class held out for the final test, 0 to 1
         resize: how images get their size: crop, squish or pad
         pretrained: start from trained weights
-        schedule: how the rate moves: flat_cos or one_cycle
+        weights: a file of weights of `arch` to start from, instead of those that it comes with (.pth, .pt or .safetensors)
+        schedule: how the rate moves: constant, step, decay, cos, flat_cos, sgdr (warm restarts) or one_cycle
         seed: of the split and of every draw
         workers: processes that decode images
         baseline: train plain fastai on the same images for as many epochs, to compare with
@@ -94,11 +95,11 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
     if not hasattr(data, 'holdings'): raise BadValue('path: pipeline ships what reads image files; give a folder, or DataLoaders made by image_folder')
     with RunFolder.open('pipeline', asked, out, overwrite, defaults=pipeline).under_way() as run:
         run.note_data(data)
-        learn = image_classifier(data, arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule, seed=seed, **techniques)
+        learn = image_classifier(data, arch, epochs=epochs, lr=lr, pretrained=pretrained, weights=weights, schedule=schedule, seed=seed, **techniques)
         scored = score(learn)
         rows, plain = [Row.of('recipe', scored, history(learn).seconds)], None
         if baseline:
-            usual = plain_fastai(data, arch, epochs, pretrained, seed)
+            usual = plain_fastai(data, arch, epochs, pretrained, seed, weights)
             plain = score(usual)
             rows.insert(0, Row.of('plain fastai', plain, history(usual).seconds))
 
@@ -118,13 +119,13 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
     return Shipped(run.path, learn, bundle, rows, _example(bundle, items[0]), small)
 
 
-def plain_fastai(dls, arch: str, epochs: int, pretrained: bool = True, seed: int = 42) -> Learner:
+def plain_fastai(dls, arch: str, epochs: int, pretrained: bool = True, seed: int = 42, weights: str | None = None) -> Learner:
     "The same body on the same images as fastai's tutorials train it: its own head, `fine_tune` (`fit_one_cycle` from scratch), default rates."
     seed_everything(seed)
     if isinstance(dls.train, KeyedDL): dls.train.set_epoch(0)       # its order must not depend on who used these loaders before
-    learn = lines_unless_terminal(classifier(dls, backbone(arch, pretrained), metrics=[accuracy, BalancedAccuracy()], head=None), 'plain fastai')
+    learn = lines_unless_terminal(classifier(dls, backbone(arch, pretrained, weights=weights), metrics=[accuracy, BalancedAccuracy()], head=None), 'plain fastai')
     history(learn)
-    learn.fine_tune(epochs) if pretrained else learn.fit_one_cycle(epochs)
+    learn.fine_tune(epochs) if pretrained or weights else learn.fit_one_cycle(epochs)
     return learn
 
 

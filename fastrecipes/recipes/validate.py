@@ -93,7 +93,7 @@ def cross_validate(path, arch: str = 'resnet18', *, folds: int = 10, groups: str
         bs: images a batch
         resize: how images get their size: crop, squish or pad
         pretrained: start from trained weights
-        schedule: how the rate moves: flat_cos or one_cycle
+        schedule: how the rate moves: constant, step, decay, cos, flat_cos, sgdr (warm restarts) or one_cycle
         seed: of the folds and of every draw
         workers: processes that decode images
         out: the run folder; a run that was cut off there goes on

@@ -1,11 +1,15 @@
 "What becomes of a gradient between its batch and the step: it waits for those of other batches, and is shortened where it is too long."
 import math
+from typing import Literal
 
+import torch
 from fastai.basics import CancelBatchException, Learner, nn
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
+from timm.utils.agc import adaptive_clip_grad, unitwise_norm
 
-from fastrecipes.errors import BadValue
+from fastrecipes.errors import BadValue, nearest
+from fastrecipes.layers.surgery import trace
 from fastrecipes.objective import objective
 from fastrecipes.repairs import fitting
 from fastrecipes.technique import TechniqueCallback, put, say, technique
@@ -66,27 +70,42 @@ class GradClip(TechniqueCallback):
     "Shorten the gradient that a step is about to follow, and count how often."
     order, run_valid = MixedPrecision.order+1, False            # accumulated, unscaled, and masked where weights are pruned
 
-    def __init__(self, max_norm: float):
-        self.max_norm = max_norm
+    def __init__(self, limit: float, mode: str = 'norm'):
+        self.limit, self.mode, self.spared = limit, mode, frozenset()
         self._reset()
 
     def _reset(self): self.steps, self.clipped, self.largest = 0, 0, 0.
 
     def before_fit(self):
-        if fitting(self.learn): self._reset()
+        if not fitting(self.learn): return
+        self._reset()
+        if self.mode == 'adaptive': self.spared = frozenset(trace(self.learn, 'grad_clip').answering.parameters())     # anew, for a head may have been exchanged
 
     def before_step(self):
-        ps = [p for p, *_ in self.learn.opt.all_params(with_grad=True)]
-        norm = nn.utils.get_total_norm([p.grad for p in ps])
+        ps = [p for p, *_ in self.learn.opt.all_params(with_grad=True) if p not in self.spared]
+        size = SIZES[self.mode](ps) if ps else 0.
         self.steps += 1
-        if not norm.isfinite(): return                          # not to be mended by shortening: it would make zeros and NaNs of it
-        self.largest = max(self.largest, float(norm))
-        if norm <= self.max_norm: return
-        nn.utils.clip_grads_with_norm_(ps, self.max_norm, norm)
+        if not math.isfinite(size): return                      # not to be mended by shortening: it would make zeros and NaNs of it
+        self.largest = max(self.largest, size)
+        if size <= self.limit: return
+        CLIPS[self.mode](ps, self.limit)
         self.clipped += 1
 
     def after_train(self):
-        say(self.learn, 'grad_clip', f'{self.clipped} of {self.steps} steps clipped to a norm of {self.max_norm:g}, the largest was {self.largest:.3g}')
+        to = dict(norm='to a norm of {:g}', value='to entries of ±{:g}', adaptive='to {:g} times the norm of the weights of each unit')[self.mode].format(self.limit)
+        say(self.learn, 'grad_clip', f'{self.clipped} of {self.steps} steps clipped {to}, the largest was {self.largest:.3g}')
+
+
+def _entry(ps) -> float: return float(nn.utils.get_total_norm([p.grad for p in ps], float('inf')))
+
+
+def _ratio(ps) -> float:
+    "The largest norm of a unit's gradient, in norms of its weights (of 1e-3 at least, as `adaptive_clip_grad` has it)."
+    return float(torch.stack([(unitwise_norm(p.grad.detach())/unitwise_norm(p.detach()).clamp(min=1e-3)).max() for p in ps]).max())
+
+
+SIZES = dict(norm=lambda ps: float(nn.utils.get_total_norm([p.grad for p in ps])), value=_entry, adaptive=_ratio)
+CLIPS = dict(norm=nn.utils.clip_grad_norm_, value=nn.utils.clip_grad_value_, adaptive=adaptive_clip_grad)
 
 
 @technique('train', section='Training', source='https://docs.fast.ai/callback.training.html', touches=('gradient',))
@@ -107,11 +126,19 @@ def grad_accum(self: Learner, n: int = 2) -> Learner:
 
 @technique('train', section='Training', source='arXiv:1211.5063', touches=('gradient',),
            example=dict(max_norm=.5))                           # on the contract's digits the first gradients are shorter than 1
-def grad_clip(self: Learner, max_norm: float = 1.) -> Learner:
-    """Shorten a gradient that is longer than `max_norm` to that length, its direction kept: one bad batch does not throw the weights far off.
+def grad_clip(self: Learner, max_norm: float = 1., mode: Literal['norm', 'value', 'adaptive'] = 'norm', max_value: float = .5, max_ratio: float = .01) -> Learner:
+    """Shorten a gradient that is too long: one bad batch does not throw the weights far off.
 
-    `max_norm` > 0, the Euclidean norm over all trained weights together; the effect tells how many steps were clipped and the largest
-    norm met: set it so that few are. It sees the gradient of the step: accumulated, unscaled, penalties included. A gradient that is
-    not finite stays so. Raises `ValueError` unless max_norm > 0."""
-    if not max_norm > 0: raise BadValue(f'grad_clip: max_norm must be > 0, got {max_norm}')
-    return put(self, GradClip(max_norm))
+    `mode`: what is too long. 'norm': the Euclidean norm over all trained weights together is cut to `max_norm` > 0, its direction kept.
+    'value': each entry is cut to ±`max_value` > 0; that turns it. 'adaptive' (AGC, arXiv:2102.06171): the norm of each
+    unit's gradient (an output of a layer; a whole bias) is cut to `max_ratio` > 0 times the norm of its weights, but for the
+    last layer, as in the paper: it stands in for batch norm; .16 for small batches. The effect tells how many steps were clipped and the
+    largest met: set it so that few are. It sees the gradient of the step: accumulated, unscaled, penalties included. A gradient that is
+    not finite stays so. Raises `ValueError` for another mode, for a limit that is not > 0, and for the limit of another mode."""
+    limits = dict(norm=('max_norm', max_norm, 1.), value=('max_value', max_value, .5), adaptive=('max_ratio', max_ratio, .01))
+    if mode not in limits: raise BadValue(f'grad_clip: mode must be one of {", ".join(limits)}, got {mode!r}{nearest(mode, limits)}')
+    name, limit, _ = limits[mode]
+    if other := next((f'{n}={v}' for n, v, default in limits.values() if n != name and v != default), None): raise BadValue(f'grad_clip: mode {mode!r} takes {name}, got {other}')
+    if not limit > 0: raise BadValue(f'grad_clip: {name} must be > 0, got {limit}')
+    if mode == 'adaptive' and not trace(self, 'grad_clip').answering: raise BadValue('grad_clip: the network has no layer with a weight to tell the last one by; take mode=\'norm\'')
+    return put(self, GradClip(limit, mode))

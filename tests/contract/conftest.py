@@ -3,7 +3,7 @@
 The Learner: scikit-learn's digits in memory, imbalanced, 16×16 px, a small network without batch statistics or dropout of its own."""
 import pytest
 import torch
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, nn
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, L, Learner, nn, params
 from fastai.data.transforms import Normalize
 from fastai.layers import ResBlock
 from fastai.metrics import accuracy
@@ -36,7 +36,8 @@ def learner(n=1024, bs=64, seed=0, n_valid=192) -> Learner:
     kw = dict(seed=seed, num_workers=0, after_batch=[Normalize.from_stats([.5], [.5], cuda=False)])
     dls = DataLoaders(KeyedDL(train, bs, shuffle=True, drop_last=True, **kw), KeyedDL(valid, bs, **kw), device=torch.device('cpu'))
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
+    net = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
+                        nn.Flatten(), nn.Linear(512, 10))
     learn = Learner(dls, net, CrossEntropyLossFlat(), metrics=accuracy)
     learn.remove_cb(learn.progress)
     learn.logger = lambda row: None
@@ -54,9 +55,22 @@ def residual(learn: Learner):
     learn.opt = None
 
 
+def frozen(learn: Learner, norm: bool = False):
+    "The first convolution frozen, behind a batch norm of the inputs if `norm`: for what acts on frozen layers only."
+    net = learn.model
+    if not isinstance(net, nn.Sequential) or not any(isinstance(m, nn.Conv2d) for m in net[:2]): return
+    if norm and isinstance(net[0], nn.Conv2d): net.insert(0, nn.BatchNorm2d(net[0].in_channels))
+    learn.splitter = lambda m: L(params(m[:first]), params(m[first:]))
+    first = next(i for i, m in enumerate(net) if isinstance(m, nn.Conv2d)) + 1
+    learn.opt = None
+    learn.freeze()
+
+
 def arguments(name: str, learn: Learner) -> dict:
     "What a technique is called with: the example of its record where it has one, else its defaults."
     if name == 'stochastic_depth': residual(learn)
+    if name == 'initialize' and not all(p.requires_grad for p in learn.model.parameters()): return dict(layers='last')
+    if name in ('freeze_bn', 'precompute'): frozen(learn, norm=name == 'freeze_bn')
     example = TECHNIQUES[name].example
     return example(learn) if callable(example) else dict(example or {})
 

@@ -1,5 +1,6 @@
 "Clause 1: alone, every technique trains to a floor that a broken one would miss, and can say what it changed."
 import pytest
+import torch
 from fastai.basics import CancelFitException, Callback
 
 from .conftest import NAMES, TECHNIQUES, arguments, learner, use
@@ -48,7 +49,7 @@ def test_its_first_two_batches_are_different_or_it_says_why_not(name):
         order = 60
         def before_fit(self): self.seen = []
         def after_backward(self):
-            self.seen += [self.learn.xb[0].clone(), *(p.grad.clone() for p in self.learn.model.parameters())]
+            self.seen += [self.learn.xb[0].clone(), *(torch.zeros(()) if p.grad is None else p.grad.clone() for p in self.learn.model.parameters())]
             if self.learn.iter == 1: raise CancelFitException('caught')
     seen = []
     for names in ((), (name,)):

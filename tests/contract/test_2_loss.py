@@ -18,9 +18,10 @@ from .conftest import TECHNIQUES, refusal
 W, EPS, T, ALPHA, L2, NORM = [3., 1., .5], .1, 4., .9, .01, .05
 TAU, SHARES = 1.5, [.7, .2, .1]
 GAMMA = 2.
+RHO = .05
 ON = dict(class_weights=W, label_smoothing=EPS, mixup=.4, cutmix=1., cutout=3, weight_penalty=L2, to_bf16=True, to_fp16=True, prune=.3, to_parallel=dict(device_ids=[0, 1]),
           early_stop=dict(restore=False), logit_adjustment=dict(tau=TAU, shares=SHARES), distill=lambda learn: dict(teacher=teacher(), T=T, alpha=ALPHA), grad_accum=2, grad_clip=NORM,
-          augmix=lambda learn: watched(learn), loss=dict(kind='focal', gamma=GAMMA))
+          augmix=lambda learn: watched(learn), loss=dict(kind='focal', gamma=GAMMA), sam=RHO)
 PAIRS = [p for p in itertools.combinations(sorted(ON), 2) if not refusal(*p)]
 
 
@@ -104,9 +105,14 @@ def step_by_hand(model, batches, names):
     x, y = (torch.cat([b[i] for b in batches]) for i in (0, 1))
     partner = share = None
     if batches[0][2] is not None: partner, share = torch.cat([b[2] + 16*i for i, b in enumerate(batches)]), torch.cat([b[3] for b in batches])
-    logits = forward(model, x, names)
-    grads = torch.autograd.grad(by_hand(model, logits, x, y, names, partner, share), list(model.parameters()))
-    if 'prune' in names: grads = [g*(p != 0) if p.ndim > 1 else g for g, p in zip(grads, model.parameters())]
+    def gradient(model):
+        grads = torch.autograd.grad(by_hand(model, forward(model, x, names), x, y, names, partner, share), list(model.parameters()))
+        return [g*(p != 0) if p.ndim > 1 else g for g, p in zip(grads, model.parameters())] if 'prune' in names else grads
+    grads = gradient(model)
+    if 'sam' in names:
+        there = deepcopy(model)
+        for p, g in zip(there.parameters(), grads): p.data += RHO*g/torch.cat([o.flatten() for o in grads]).norm()
+        grads = gradient(there)
     norm = sum(float(g.square().sum()) for g in grads)**.5
     return [g*NORM/norm for g in grads] if 'grad_clip' in names and norm > NORM else list(grads)
 
@@ -120,7 +126,7 @@ class Batches(Callback):
     order = 5.5                                 # once losses are made up, before accumulation and GradScaler scale them
     def before_fit(self): self.seen, self.losses = [], []
     def after_loss(self):
-        if not self.learn.training: return
+        if not self.learn.training or vars(self.learn).get('sam_cb') and self.learn.sam_cb.again: return       # the second of sam's passes
         if not self.seen: self.before = deepcopy(self.learn.model)
         o = getattr(self.learn, 'objective_cb', None)
         self.seen.append((self.learn.xb[0], self.learn.yb[0], *((o.partner, o.share) if o else (None, None))))

@@ -1,4 +1,6 @@
 "The gradient of a step is that of one big batch, to the end of each epoch; a long one is shortened, and nothing stays behind."
+from copy import deepcopy
+
 import pytest
 import torch
 from fastai.basics import SGD, Callback, CancelBatchException, CancelFitException, CancelTrainException, CrossEntropyLossFlat, DataLoaders, Learner, nn
@@ -214,7 +216,12 @@ def test_it_tells_its_steps(capsys):
 
 
 @pytest.mark.parametrize('given, said', [(dict(grad_accum=0), 'grad_accum: n must be ≥ 1 batch, got 0'), (dict(grad_accum=2.), 'n must be a whole number, got 2.0'),
-                                         (dict(grad_clip=0.), 'grad_clip: max_norm must be > 0, got 0'), (dict(grad_clip=float('nan')), 'got nan')])
+                                         (dict(grad_clip=0.), 'grad_clip: max_norm must be > 0, got 0'), (dict(grad_clip=float('nan')), 'got nan'),
+                                         (dict(grad_clip=dict(mode='value', max_value=-1.)), 'max_value must be > 0, got -1'),
+                                         (dict(grad_clip=dict(mode='adaptive', max_ratio=0.)), 'max_ratio must be > 0, got 0'),
+                                         (dict(grad_clip=dict(mode='values')), "mode must be one of norm, value, adaptive, got 'values'; did you mean 'value'"),
+                                         (dict(grad_clip=dict(mode='value', max_norm=2.)), "mode 'value' takes max_value, got max_norm=2"),
+                                         (dict(grad_clip=dict(max_ratio=.1)), "mode 'norm' takes max_norm, got max_ratio=0.1")])
 def test_what_makes_no_sense_is_refused(given, said):
     learn = learner()
     with pytest.raises(ValueError, match=said): learn.use(**given)
@@ -313,3 +320,48 @@ def test_masked_weights_have_no_say_in_the_norm():
     for params, batches, grad in seen.steps:
         full = [g*(p != 0) if p.ndim > 1 else g for g, p in zip(gradient(learn, params, batches, F.cross_entropy), params)]
         assert_close(grad, [g*.05/norm(full) for g in full], 1e-4)
+
+
+def deep(): return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def test_each_entry_is_cut_to_max_value():
+    learn = learner().grad_clip(mode='value', max_value=.02)
+    learn.fit(1, cbs=(seen := Followed()))
+    found = []
+    for params, batches, grad in seen.steps:
+        full = gradient(learn, params, batches, F.cross_entropy)
+        assert_close(grad, [torch.minimum(torch.maximum(g, torch.tensor(-.02)), torch.tensor(.02)) for g in full])
+        found.append(max(float(g.abs().max()) for g in full))
+    assert min(found) > .02 and learn.techniques['grad_clip'].effect == f'4 of 4 steps clipped to entries of ±0.02, the largest was {max(found):.3g}'
+
+
+def test_each_units_gradient_is_cut_to_max_ratio_of_its_weights_but_for_the_last_layer():
+    learn = learner(net=deep()).grad_clip(mode='adaptive', max_ratio=.02)
+    learn.fit(1, cbs=(seen := Followed()))
+    largest, cut = 0., 0
+    for params, batches, grad in seen.steps:
+        full = gradient(learn, params, batches, F.cross_entropy)
+        for i, (w, g, got) in enumerate(zip(params, full, grad)):
+            units = [(w[j], g[j], got[j]) for j in range(len(w))] if w.ndim > 1 else [(w, g, got)]
+            for wu, gu, u in units:
+                limit, ratio = .02*max(norm([wu]), 1e-3), norm([gu])/max(norm([wu]), 1e-3)
+                assert_close([u], [gu*min(1, limit/norm([gu])) if i < 2 and norm([gu]) else gu], 1e-4)
+                if i < 2: largest, cut = max(largest, ratio), cut + (ratio > .02)
+    assert 0 < cut and learn.techniques['grad_clip'].effect == f'4 of 4 steps clipped to 0.02 times the norm of the weights of each unit, the largest was {largest:.3g}'
+
+
+@pytest.mark.parametrize('mode', ['value', 'adaptive'])
+def test_a_limit_that_nothing_reaches_leaves_the_gradient_to_the_bit(mode):
+    net, limit = deep(), dict(value=dict(max_value=1e6), adaptive=dict(max_ratio=1e6))[mode]
+    plain, clipped = learner(net=net), learner(net=deepcopy(net)).grad_clip(mode=mode, **limit)
+    plain.fit(1), clipped.fit(1)
+    assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), clipped.model.parameters()))
+    assert clipped.techniques['grad_clip'].effect.startswith('0 of 4 steps clipped')
+
+
+def test_the_other_modes_see_unscaled_and_accumulated_gradients_too():
+    learn = learner().grad_clip(mode='value', max_value=.02).grad_accum(2)
+    learn.add_cb(Half(torch.float16))
+    learn.fit(1, cbs=(seen := Followed()))
+    for params, batches, grad in seen.steps: assert_close(grad, [g.clamp(-.02, .02) for g in gradient(learn, params, batches, F.cross_entropy)], 1e-4)

@@ -68,3 +68,83 @@ def test_a_frozen_body_trains_only_its_head(dls):
     assert [p.requires_grad for p in learn.opt.all_params(with_grad=False).itemgot(0)].count(True) > 0
     weights = [p for n, p in learn.model[0].named_parameters() if p.ndim > 1]
     assert not any(p.requires_grad for p in weights) and all(p.requires_grad for p in learn.model[1].parameters())
+
+
+# weights from a file
+
+def published(arch, seed=5):
+    "A network with its head, as others save it."
+    import timm
+    torch.manual_seed(seed)
+    return timm.create_model(arch, num_classes=7)
+
+
+def answers(net, model, x):
+    with torch.no_grad(): return torch.allclose(net.body.eval()(x), model.eval().forward_features(x), atol=1e-6)
+
+
+@pytest.mark.parametrize('how', ['plain', 'module.', 'state_dict', 'model', 'deep', 'safetensors', 'pt'])
+def test_weights_from_a_file_however_they_were_saved(how, tmp_path, capsys):
+    from safetensors.torch import save_file
+    model = published('resnet10t')
+    state, file = model.state_dict(), tmp_path/('w.pth' if how != 'pt' else 'w.pt')
+    if how == 'safetensors': save_file(state, file := tmp_path/'w.safetensors')
+    else:
+        if how in ('module.', 'deep'): state = {f'{"module." if how == "module." else "module.net.0.model."}{k}': v for k, v in state.items()}
+        torch.save(dict(epoch=3, args=dict(lr=.1), **{'model' if how == 'model' else 'state_dict': state}) if how in ('state_dict', 'model', 'deep') else state, file)
+    net = backbone('resnet10t', weights=file)
+    assert answers(net, model, torch.rand(2, 3, 64, 64)) and net.statistics is not None
+    n = sum('num_batches' not in k and not k.startswith('fc.') for k in state) if how in ('plain', 'safetensors') else None
+    out = capsys.readouterr().out
+    assert f'tensors of the body from {file}; left out, for they fit nowhere: fc.' in out and (n is None or f'weights: {n} of {n} tensors' in out)
+
+
+def test_weights_of_torchvisions_networks_with_a_head_of_another_size(tmp_path):
+    import torchvision
+    torch.manual_seed(5)
+    model = torchvision.models.squeezenet1_1(num_classes=7)
+    torch.save(model.state_dict(), tmp_path/'w.pth')
+    net = backbone('squeezenet1_1', weights=tmp_path/'w.pth')
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad(): assert torch.equal(net.body.eval()(x), model.eval().features(x))
+
+
+def test_a_learner_on_weights_from_a_file_is_frozen(dls, tmp_path):
+    torch.save(published('resnet10t').state_dict(), tmp_path/'w.pth')
+    learn = classifier(dls, backbone('resnet10t', weights=tmp_path/'w.pth'))
+    assert not any(p.requires_grad for p in learn.model[0].parameters() if p.ndim > 1)
+
+
+def test_weights_of_another_network_are_refused_with_counts_and_a_reason(tmp_path):
+    torch.save(published('resnet18').state_dict(), tmp_path/'w.pth')
+    with pytest.raises(ValueError, match=r'weights: \d+ of 70 tensors of this network fit those in .*: .* is \(.*\) here and \(.*\) there; name the network'):
+        backbone('resnet10t', weights=tmp_path/'w.pth')
+    torch.save(dict(a=torch.zeros(1)), tmp_path/'w.pth')
+    with pytest.raises(ValueError, match=r'weights: 0 of 70 tensors .*: there is no conv1.0.weight, but a; name'): backbone('resnet10t', weights=tmp_path/'w.pth')
+
+
+def test_a_few_tensors_that_lack_are_named(tmp_path):
+    state = published('resnet10t').state_dict()
+    del state['bn1.bias']
+    torch.save(state, tmp_path/'w.pth')
+    from fastrecipes.training.transfer import load_weights
+    import timm
+    said = load_weights(timm.create_model('resnet10t', num_classes=0), tmp_path/'w.pth')
+    assert 'weights: 69 of 70 tensors' in said and 'as they were before: bn1.bias;' in said
+
+
+class Harm:
+    def __reduce__(self): return print, ('HARM',)
+
+
+def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path, capsys):
+    torch.save(dict(model=Harm()), tmp_path/'w.pth')
+    with pytest.raises(ValueError, match='weights: .*w.pth holds no plain state dict'): backbone('resnet10t', weights=tmp_path/'w.pth')
+    assert 'HARM' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['w.pth', 'w.safetensors'])
+def test_files_that_are_none_are_refused(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match='weights: no file'): backbone('resnet10t', weights=tmp_path/name)
+    (tmp_path/name).write_bytes(b'no weights')
+    with pytest.raises(ValueError, match='holds no plain state dict'): backbone('resnet10t', weights=tmp_path/name)
