@@ -71,7 +71,8 @@ def test_a_name_with_the_matrix_is_its_row_in_words(capsys):
     assert set(page.split('all others: ')[1].split(', ')) == TECHNIQUES.keys() - {'class_weights', 'balance', 'logit_adjustment'}
     assert cli.main(['ls', 'mixup', '--matrix']) == 0
     others = {b for b in TECHNIQUES if b in TECHNIQUES['mixup'].refuses or 'mixup' in TECHNIQUES[b].refuses}
-    assert all(b in capsys.readouterr().out for b in others)
+    page = capsys.readouterr().out
+    assert len(others) > 1 and all(b in page for b in others)
 
 
 def test_the_matrix_as_records_has_every_pair_once(capsys):

@@ -117,7 +117,7 @@ def test_a_network_of_timm_is_the_one_that_is_built_with_the_activation(arch):
 def test_a_number_is_said_and_what_was_there():
     learn = digits().activation('swish')
     assert learn.techniques['activation'].effect == '2 replaced by SiLU (they were ReLU)'
-    assert [type(m).__name__ for m in learn.model] == ['Conv2d', 'SiLU', 'Conv2d', 'SiLU', 'Flatten', 'Linear']
+    assert [type(m).__name__ for m in learn.model] == ['Conv2d', 'SiLU', 'Conv2d', 'SiLU', 'AdaptiveAvgPool2d', 'Flatten', 'Linear']
 
 
 def test_the_last_call_wins_and_the_same_again_is_said_aloud(capsys):

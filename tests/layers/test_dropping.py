@@ -62,18 +62,18 @@ def test_units_are_left_out_with_probability_p_and_the_rest_scaled(inner, p):
 def test_a_network_without_dropout_gets_it_in_front_of_its_last_layer():
     learn = digits(n=256).dropout(.5)
     assert learn.techniques['dropout'].effect == '50% of what goes into the last layer (Linear) left out'
-    watch, inputs = watched(learn, learn.model[4], batches=1), []
+    watch, inputs = watched(learn, learn.model[-2], batches=1), []
     x = watch.seen[0][1]
-    handle = learn.model[5].register_forward_hook(lambda m, args, out: inputs.append((args[0].detach(), out.detach())))
+    handle = learn.model[-1].register_forward_hook(lambda m, args, out: inputs.append((args[0].detach(), out.detach())))
     class Still(Callback):
         def after_pred(self): raise CancelFitException('seen')
     learn.keyed_cb.done = 0                                                      # the same epoch again
     learn.fit(1, 0., cbs=Still())
     handle.remove()
     dropped, out = inputs[-1]                                                    # the first is a look at one sample
-    assert bool(((dropped == 0) | torch.isclose(dropped, 2*x)).all()) and torch.allclose(out, dropped @ learn.model[5].weight.T + learn.model[5].bias, atol=1e-5)
+    assert bool(((dropped == 0) | torch.isclose(dropped, 2*x)).all()) and torch.allclose(out, dropped @ learn.model[-1].weight.T + learn.model[-1].bias, atol=1e-5)
     share = float((dropped[x != 0] == 0).float().mean())
-    assert .45 < share < .55 and [type(m).__name__ for m in learn.model] == ['Conv2d', 'ReLU', 'Conv2d', 'ReLU', 'Flatten', 'Linear']
+    assert .45 < share < .55 and [type(m).__name__ for m in learn.model] == ['Conv2d', 'ReLU', 'Conv2d', 'ReLU', 'AdaptiveAvgPool2d', 'Flatten', 'Linear']
 
 
 def test_a_sample_has_the_same_draws_whatever_batch_it_comes_in():
