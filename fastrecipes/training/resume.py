@@ -54,11 +54,13 @@ def remember(name: str, make: Callable):
 class _Run:
     "The checkpoints of one `resumable` block: one file for each Learner, by the order of their first fits, and a journal."
     def __init__(self, folder: Path, every):
-        self.folder, self.every, self.acts, self.asked = folder, every, WeakKeyDictionary(), Counter()
+        self.folder, self.every, self.acts, self.met, self.asked = folder, every, WeakKeyDictionary(), 0, Counter()
         self.journal = _read(folder/'journal.pt') or {}
 
     def act(self, learn) -> '_Act':
-        if learn not in self.acts: self.acts[learn] = _Act(learn, self.folder/f'{len(self.acts)+1}.pt', self.every)
+        if learn not in self.acts:
+            self.met += 1                           # not how many there are: those that nobody holds any more are gone from `acts`
+            self.acts[learn] = _Act(learn, self.folder/f'{self.met}.pt', self.every)
         return self.acts[learn]
 
     def remember(self, name, make):

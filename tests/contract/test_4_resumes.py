@@ -2,6 +2,7 @@
 
 Here the kill is an exception that nobody catches, after which nothing of the first process is used but its checkpoint; `test_kill_9.py`
 kills real processes."""
+import gc
 import itertools
 from functools import partial
 
@@ -141,6 +142,17 @@ def test_learners_in_one_block_have_checkpoints_of_their_own(tmp_path):
     with pytest.raises(Killed): both(tmp_path/'run', ((1, 0, 1), 'before'))
     assert sorted(p.name for p in (tmp_path/'run').iterdir()) == ['1.pt', '2.pt']        # and no second copy of any
     for a, b in zip(whole, both(tmp_path/'run')): assert_same(a, b)
+
+
+def test_a_learner_that_is_gone_leaves_its_number_to_nobody(tmp_path):
+    with pytest.raises(Killed), resumable(tmp_path/'run', every=1):
+        for make in (lambda: learner(256), noisy):
+            learn = make()
+            learn.fit(1, 3e-3)
+            del learn
+            gc.collect()
+        raise Killed
+    assert sorted(p.name for p in (tmp_path/'run').iterdir()) == ['1.pt', '2.pt']
 
 
 def test_a_fastai_learner_without_any_technique(tmp_path):
