@@ -87,8 +87,8 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
     check_recipe(path, arch, epochs, lr, schedule)
     one_process('pipeline')
     prune, quantize = check_compression(prune, quantize, tolerance)
-    for what, name in (('arch', arch), ('student', student)):
-        if name: backbone(name, pretrained, what)   # weights that cannot be fetched: say so before an hour of work
+    for what, name, file in (('arch', arch, weights), ('student', student, None)):
+        if name: backbone(name, pretrained, what, file)     # weights that cannot be fetched: say so before an hour of work
 
     seed_everything(seed)
     data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, resize=resize, seed=seed, workers=workers)

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -125,6 +126,15 @@ def test_weights_that_cannot_be_fetched_name_the_way_out(photos, monkeypatch):
     monkeypatch.setattr(constants, 'ENDPOINT', 'https://unreachable.invalid')
     with pytest.raises(FileNotFoundError, match='the trained weights of resnet26t cannot be fetched .*--pretrained false.*--arch tf_efficientnet_lite0'):
         image_classifier(photos, arch='resnet26t')
+
+
+def test_with_a_file_of_weights_none_are_fetched_and_it_is_looked_at_before_the_data(photos, tmp_path, monkeypatch):
+    class Reached(Exception): pass
+    def reached(*args, **kwargs): raise Reached
+    monkeypatch.setattr('fastrecipes.recipes.pipeline.as_dataloaders', reached)
+    torch.save(timm.create_model('resnet18').state_dict(), tmp_path/'mine.pth')
+    with pytest.raises(Reached): pipeline(photos, 'resnet18', weights=str(tmp_path/'mine.pth'))
+    with pytest.raises(FileNotFoundError, match='weights: no file .*none.pth'): pipeline(photos, 'resnet18', weights=str(tmp_path/'none.pth'))
 
 
 def test_pretrained_weights_fine_tune_in_two_fits(photos):
