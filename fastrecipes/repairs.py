@@ -5,7 +5,7 @@ from functools import partial
 import cloudpickle
 import numpy as np
 import torch
-from fastai.basics import Callback, CancelEpochException, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, Recorder, noop, patch
+from fastai.basics import Callback, CancelEpochException, L, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, Recorder, noop, patch
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
@@ -14,13 +14,18 @@ from torch.nn import functional as F
 
 from fastrecipes.errors import BadValue, nearest
 
-__all__ = ['REPAIRS', 'fitting', 'orientation']
+__all__ = ['REPAIRS', 'fitting', 'is_trial', 'orientation']
 REPAIRS = os.environ.get('FASTRECIPES_REPAIRS', '1') != '0'
 
 
 def fitting(learn: Learner) -> bool:
     "Whether a fit is under way, and not `validate()` or `get_preds()`, which call before_fit and after_fit too."
     return learn.__dict__.get('_fitting', False) or not REPAIRS
+
+
+def is_trial(learn: Learner, cbs=()) -> bool:
+    "Whether a fit of `learn`, with `cbs` for it alone, is one of `lr_find` and its like: nothing of it is counted, judged or kept."
+    return any(isinstance(cb, LRFinder) for cb in (*learn.cbs, *L(cbs)))
 
 
 def orientation(monitor: str, metrics=()) -> str:

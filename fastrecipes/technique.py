@@ -229,7 +229,7 @@ def use(self: Learner, **techniques) -> Learner:
     where one that is on is asked to be off: what was done to network, data or loss is not taken back. Where one is refused, the error tells
     which were applied before it."""
     todo, done = plan(techniques), []
-    if on := [n for n, v in techniques.items() if (v is None or v is False) and n in self.techniques]:
+    if on := [n for n in techniques if n in self.techniques and n not in {t.name for t, _ in todo}]:
         raise BadValue(f'{on[0]}: it is on, and {on[0]}={techniques[on[0]]} does not take it back; build the Learner again without it')
     for t, arguments in todo:
         try: t.f(self, **arguments)

@@ -1,4 +1,5 @@
 "Files of decoded pixels: made once, on every core, and mapped into the memory of whoever reads them."
+import math
 import os
 import shutil
 import time
@@ -12,7 +13,7 @@ from filelock import FileLock
 from fastrecipes.data.processes import each_chunk
 from fastrecipes.errors import BadValue
 
-__all__ = ['NoRoom', 'decode_once', 'in_bytes']
+__all__ = ['NoRoom', 'decode_once', 'in_bytes', 'take_room']
 
 FLUSH = 5.                      # seconds between two writes of what is done
 
@@ -51,9 +52,9 @@ def _fill(target: Path, files, decode, workers):
     "Decode into `target.part`, marking in `target.done` what is there, and give it its name when all is."
     part, done = Path(f'{target}.part'), Path(f'{target}.done')
     first = decode(files[0])
-    shape, size = (len(files), *first.shape), len(files)*first.size
-    if not (part.exists() and done.exists() and done.stat().st_size == len(files)): _reserve(part, done, shape, size)
-    print(f'cache: {len(files):,} images to decode once, {_px(first.shape)}, {in_bytes(size)} in {target.parent}', flush=True)
+    shape = len(files), *first.shape
+    if not (part.exists() and done.exists() and done.stat().st_size == len(files)): _reserve(part, done, shape)
+    print(f'cache: {len(files):,} images to decode once, {_px(first.shape)}, {in_bytes(math.prod(shape))} in {target.parent}', flush=True)
     _decode(np.lib.format.open_memmap(part, 'r+'), np.memmap(done, np.uint8, 'r+'), files, decode, workers)
     os.replace(part, target)
     done.unlink()
@@ -87,18 +88,26 @@ def _mark(pixels, there, finished: list):
     finished.clear()
 
 
-def _reserve(part: Path, done: Path, shape, size: int):
-    "Take the room for all pixels now: a file with holes would end in a bus error when the disk fills up."
-    free = shutil.disk_usage(part.parent).free
-    if size > .95*free: raise NoRoom(f'{in_bytes(size)} are needed and {in_bytes(free)} are free in {part.parent}')
+def _reserve(part: Path, done: Path, shape):
+    "Take the room for all pixels, and note that none is decoded."
     try:
-        np.lib.format.open_memmap(part, 'w+', np.uint8, shape)
-        with open(part, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, part.stat().st_size)
+        take_room({part: (shape, np.uint8)}, part.parent)
         done.write_bytes(bytes(shape[0]))
     except OSError as e:
         part.unlink(missing_ok=True)
         raise NoRoom(f'{part.parent}: {e.strerror or e}') from None
-    except AttributeError: done.write_bytes(bytes(shape[0]))             # no posix_fallocate outside of Linux
+
+
+def take_room(arrays: dict[Path, tuple], folder: Path):
+    """Make a file of each of `arrays`, (shape, dtype), with its room taken now: one with holes would end in a bus error when the disk fills up.
+
+    Raises `NoRoom` where `folder` has too little left, and `OSError` where it runs out all the same."""
+    size, free = sum(math.prod(shape)*np.dtype(dtype).itemsize for shape, dtype in arrays.values()), shutil.disk_usage(folder).free
+    if size > .95*free: raise NoRoom(f'{in_bytes(size)} are needed and {in_bytes(free)} are free in {folder}')
+    for file, (shape, dtype) in arrays.items():
+        np.lib.format.open_memmap(file, 'w+', dtype, shape)
+        if hasattr(os, 'posix_fallocate'):          # on Linux
+            with open(file, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
 
 
 def in_bytes(n: int) -> str:

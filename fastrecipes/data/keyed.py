@@ -6,13 +6,13 @@ from itertools import count
 import numpy as np
 import torch
 from fastai.basics import DataLoaders, Learner, to_detach
-from fastai.callback.schedule import LRFinder
 from fastai.data.core import TfmdDL
 from fastai.distributed import rank_distrib
 from fastai.tabular.core import TabDataLoader, TabWeightedDL
 
 from fastrecipes.errors import BadValue
 from fastrecipes.randomness import default_seed, forked, key_of, seed_torch, stream, uniform
+from fastrecipes.repairs import is_trial
 from fastrecipes.technique import TechniqueCallback
 
 __all__ = ['KeyedDL', 'Keyed', 'keyed', 'per_sample']
@@ -149,7 +149,7 @@ class Keyed(TechniqueCallback):
         self.counts = True
 
     def before_fit(self):
-        self.first, self.counts = self.done, not any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        self.first, self.counts = self.done, not is_trial(self.learn)
 
     def before_train(self):
         if isinstance(dl := self.learn.dls.train, KeyedDL): dl.set_epoch(self.age)

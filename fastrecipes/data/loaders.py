@@ -16,7 +16,7 @@ from fastrecipes.data.splits import split
 from fastrecipes.errors import BadValue
 from fastrecipes.randomness import forked
 
-__all__ = ['as_dataloaders', 'first_sample', 'labels_of', 'samples', 'shapes', 'Indexed']
+__all__ = ['as_dataloaders', 'batch_size_of', 'first_sample', 'labels_of', 'samples', 'shapes', 'Indexed']
 
 
 class Indexed:
@@ -99,6 +99,11 @@ def _classes(dataset) -> list:
     while isinstance(dataset, Subset): dataset = dataset.dataset
     if (names := getattr(dataset, 'classes', None)) is not None: return list(names)
     return list(range(int(max(labels_of(dataset)))+1)) if len(dataset) else []
+
+
+def batch_size_of(dl) -> int | None:
+    "How many samples a loader of fastai or torch puts into a batch; None where it does not say."
+    return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
 
 
 def samples(dl, n: int):

@@ -127,7 +127,7 @@ def operate(learn: Learner, changes: dict[nn.Module, nn.Module], who: str):
         for hooks in FORWARD if old in new.modules() or new in old.modules() else (*FORWARD, *BEFORE): vars(new)[hooks], vars(old)[hooks] = vars(old)[hooks], OrderedDict()
     for parent, name in places: parent._modules[name] = changes[parent._modules[name]]
     for m in model.modules():                   # torch computes these by a formula of their own where no gradient is asked for: with the old layers
-        if isinstance(m, nn.TransformerEncoderLayer) and any(o in m.modules() for o in changes.values()): m.activation_relu_or_gelu = 0
+        if isinstance(m, nn.TransformerEncoderLayer) and not set(m.modules()).isdisjoint(changes.values()): m.activation_relu_or_gelu = 0
     if model in changes: learn.model = changes[model]
     if learn.opt is not None: _renew_optimizer(learn)
 

@@ -4,9 +4,8 @@ import time
 
 from fastai.basics import Callback, Learner
 from fastai.callback.progress import ProgressCallback
-from fastai.callback.schedule import LRFinder
 
-from fastrecipes.repairs import fitting
+from fastrecipes.repairs import fitting, is_trial
 
 __all__ = ['History', 'history', 'Lines', 'lines_unless_terminal']
 
@@ -20,7 +19,7 @@ class History(Callback):
     @property
     def name(self): return 'history_cb'
 
-    def before_fit(self): self.since = time.monotonic() if fitting(self.learn) and not any(isinstance(cb, LRFinder) for cb in self.learn.cbs) else None
+    def before_fit(self): self.since = time.monotonic() if fitting(self.learn) and not is_trial(self.learn) else None
 
     def after_batch(self):
         if self.since is not None: self.seconds, self.since = self.seconds + time.monotonic() - self.since, time.monotonic()

@@ -8,6 +8,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from timm.utils.agc import adaptive_clip_grad, unitwise_norm
 
+from fastrecipes.data.loaders import batch_size_of
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.layers.surgery import trace
 from fastrecipes.objective import objective
@@ -38,7 +39,7 @@ class GradAccum(TechniqueCallback):
 
     def before_train(self):
         dl, n = self.learn.dl, self.n
-        steps, bs = math.ceil(len(dl)/n), getattr(dl, 'bs', None) or dl.batch_size
+        steps, bs = math.ceil(len(dl)/n), batch_size_of(dl)
         last = len(dl) - (steps-1)*n
         say(self.learn, 'grad_accum', f'steps of {n} batches of {bs}: as batches of {n*bs}, {steps} step{"s"*(steps > 1)} an epoch'
             + (f', the last of {last} batch{"es"*(last > 1)}' if last < n else ''))

@@ -15,7 +15,7 @@ from filelock import FileLock
 from PIL import Image
 from torch.utils.data import Subset
 
-from fastrecipes.data.decoded import FLUSH, NoRoom, in_bytes
+from fastrecipes.data.decoded import FLUSH, NoRoom, in_bytes, take_room
 from fastrecipes.data.keyed import KeyedDL, keyed_kind
 from fastrecipes.data.loaders import Indexed, samples
 from fastrecipes.errors import BadValue
@@ -66,7 +66,7 @@ def _fingerprint(learn: Learner, body: list[str], views: int, dtype: str) -> str
     _feed(digest, [VERSION, views, dtype, as_keyed(learn.dls.train).seed if views > 1 else None])
     for name in body:
         layer = model.get_submodule(name)
-        _feed(digest, [name, repr(layer), {k: v for k, v in layer.state_dict().items()}])
+        _feed(digest, [name, repr(layer), layer.state_dict()])
     for side in ('train', 'valid'):
         dl = learn.dls.train if side == 'train' else learn.dls.valid
         _feed(digest, [side, len(dl.dataset)])
@@ -218,17 +218,11 @@ def _settle(columns, done, rows: int | None = None):
 
 
 def _reserve(part: Path, shapes: dict, dtypes: list, passes: int):
-    "Take the room for everything now: a file with holes would end in a bus error when the disk fills up."
+    "Take the room for everything, and note that nothing is done."
     shutil.rmtree(part, ignore_errors=True)
-    size, free = sum(int(np.prod(s))*dtypes[j].itemsize for (_, j), s in shapes.items()), shutil.disk_usage(part.parent).free
     try:
         part.mkdir()
-        if size > .95*free: raise NoRoom(f'{in_bytes(size)} are needed and {in_bytes(free)} are free in {part.parent}')
-        for (side, j), shape in shapes.items():
-            file = part/f'{side}.{j}.npy'
-            np.lib.format.open_memmap(file, 'w+', dtypes[j], shape)
-            if hasattr(os, 'posix_fallocate'):
-                with open(file, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+        take_room({part/f'{side}.{j}.npy': (shape, dtypes[j]) for (side, j), shape in shapes.items()}, part.parent)
         np.save(tmp := part/'done.tmp.npy', np.zeros(passes, np.int64))
         os.replace(tmp, part/'done.npy')
     except (OSError, NoRoom) as e:

@@ -3,7 +3,7 @@ from contextlib import contextmanager
 
 import torch
 from fastai.basics import Learner, TfmdDL, get_model, nn, to_device
-from fastai.callback.schedule import LRFinder, ParamScheduler
+from fastai.callback.schedule import ParamScheduler
 from fastai.learner import _cast_tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
@@ -11,7 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn, up
 from fastrecipes.data.keyed import KeyedDL, keyed
 from fastrecipes.errors import BadValue
 from fastrecipes.randomness import forked
-from fastrecipes.repairs import fitting
+from fastrecipes.repairs import fitting, is_trial
 from fastrecipes.technique import TechniqueCallback, put, say, technique
 
 __all__ = ['EMA', 'SWA', 'ema_decay']
@@ -30,7 +30,7 @@ class _Average(TechniqueCallback):
 
     def before_fit(self):
         self._forget()
-        self.on = fitting(self.learn) and not any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        self.on = fitting(self.learn) and not is_trial(self.learn)
 
     def before_train(self): self._lend(False)
     def before_validate(self): self._lend(True)

@@ -10,6 +10,7 @@ from fastai.data.core import TfmdDL
 from matplotlib.figure import Figure
 
 from fastrecipes.data.keyed import Keyed, with_train
+from fastrecipes.data.loaders import batch_size_of
 from fastrecipes.errors import BadValue
 from fastrecipes.randomness import stream
 from fastrecipes.training.aside import Trial, aside
@@ -128,7 +129,7 @@ def suggest(scale: float, fits: int | None, n: int) -> tuple[int, str]:
 def _prepare(learn: Learner, times: int) -> tuple[int, int]:
     "Give the Learner a loader with at least two pairs an epoch, of batches of one size: the number of samples, and that size."
     dl = learn.dls.train
-    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
+    bs = batch_size_of(dl)
     if isinstance(dl, TfmdDL) and dl.indexed and not dl.prebatched:
         n, size = dl.n, min(bs, dl.n//(2*times))
         if size < 2: raise BadValue(f'find_batch_size: {n} training samples are too few for pairs of a batch and {times} together; it takes {4*times}')

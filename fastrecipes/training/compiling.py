@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.technique import TechniqueCallback, put, say, technique
 from fastrecipes.training.distributed import Distributed
-from fastrecipes.training.glance import _answer, _unseen, glance
+from fastrecipes.training.glance import answer_of, glance, unseen
 
 __all__ = ['Compile', 'ChannelsLastFormat', 'Mode']
 
@@ -176,7 +176,7 @@ def _try(learn: Learner):
     model = get_model(learn.model)
     laid = _lay(model)
     try:
-        with _unseen(seen.xb[0].device): _answer(model, tuple(map(_channels_last, seen.xb)))
+        with unseen(seen.xb[0].device): answer_of(model, tuple(map(_channels_last, seen.xb)))
     except RuntimeError as e:
         raise BadValue(f'to_channelslast: the network cannot take images channels last ({str(e).splitlines()[0]}); put reshape where it has view, or leave it off') from e
     finally:

@@ -11,8 +11,8 @@ from fastai.callback.schedule import LRFinder, ParamScheduler, SuggestionMethod,
 
 from fastrecipes.errors import BadValue
 from fastrecipes.repairs import REPAIRS
-from fastrecipes.training import preflight
 from fastrecipes.training.aside import Trial, aside
+from fastrecipes.training.preflight import check_ours
 
 __all__ = ['FoundRate', 'find_lr']
 
@@ -41,7 +41,7 @@ def _sweep(learn: Learner, start_lr, end_lr, num_it, stop_div=True) -> SimpleNam
     numbers = all(isinstance(v, (int, float)) for v in (start_lr, end_lr))
     if not numbers or not 0 < start_lr < end_lr: raise BadValue(f'lr_find: rates must be numbers with 0 < start_lr < end_lr, got {start_lr} and {end_lr}')
     if num_it < SHORTEST: raise BadValue(f'lr_find: num_it must be ≥ {SHORTEST} batches, for the last {IGNORED} are not looked at, got {num_it}')
-    if preflight._is_ours(learn): preflight._check(learn)
+    check_ours(learn)
     if not len(learn.dls.train): raise BadValue('lr_find: the training loader has no batch; lower bs, or let drop_last be False')
     with aside(learn, 'lr_find'), learn.no_logging():
         learn.fit(num_it//len(learn.dls.train) + 1, cbs=Sweep(start_lr, end_lr, num_it, stop_div))

@@ -79,7 +79,7 @@ class FiniteLoss(TechniqueCallback):
         if bad := [n for n, p in learn.model.named_parameters() if not p.isfinite().all()]:
             return f'{which}: {few(bad, 3)} held values that are not finite already; build the network again, or load weights that are.'
         ways = [f'a lower lr (now {max(h["lr"] for h in learn.opt.hypers):.2g})']
-        if 'grad_clip' in TECHNIQUES and 'grad_clip' not in (learn.__dict__.get('techniques') or {}): ways.append('grad_clip()')
+        if 'grad_clip' in TECHNIQUES and 'grad_clip' not in learn.techniques: ways.append('grad_clip()')
         if _scaled(learn): ways.append('to_bf16() instead of to_fp16()')
         return f'{which}: its inputs, targets and the weights are finite; try {", ".join(ways)}, or look at these samples.'
 

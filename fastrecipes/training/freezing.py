@@ -54,7 +54,7 @@ class FreezeBN(TechniqueCallback):
         if n: effect = f'{n} of {total} norm layers are frozen: statistics, weight and bias stand still'
         elif total: effect = f'nothing is frozen now: all {total} norm layers train'
         else: effect = 'no layer keeps batch statistics: nothing to freeze'
-        known = self.learn.techniques.get('freeze_bn') if 'techniques' in vars(self.learn) else None
+        known = self.learn.techniques.get('freeze_bn')
         say(self.learn, 'freeze_bn', effect, aloud=not n and known is not None and known.effect != effect)
 
     def after_train(self): self._go_on()

@@ -15,10 +15,10 @@ from fastai.learner import _cast_tensor
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fastrecipes.data.loaders import samples
+from fastrecipes.data.loaders import batch_size_of, samples
 from fastrecipes.randomness import forked
 
-__all__ = ['Glance', 'glance']
+__all__ = ['Glance', 'answer_of', 'glance', 'unseen']
 
 KNOWN = (ParamScheduler, MixedPrecision, MixHandler, HookCallback, CastToTensor, GradientAccumulation)     # they leave a batch in its shape and type
 
@@ -35,7 +35,7 @@ class Glance:
         "The loss `f` of what was answered, after its gradient by the outputs was taken."
         many = isinstance(self.pred, (list, tuple))
         leaves = [p.detach().requires_grad_(p.is_floating_point()) for p in (self.pred if many else (self.pred,))]
-        with _unseen(leaves[0].device), torch.enable_grad():
+        with unseen(leaves[0].device), torch.enable_grad():
             values = f(type(self.pred)(leaves) if many else leaves[0], *self.yb)
             if isinstance(values, torch.Tensor) and values.numel() == 1 and values.requires_grad: torch.autograd.grad(values.sum(), leaves, allow_unused=True)
         return values
@@ -47,13 +47,13 @@ def glance(learn: Learner, cbs) -> Glance | None:
     Where it fails, a whole batch is tried, in case the network is made for its size."""
     device, model = _device_of(get_model(learn.model)), get_model(learn.model)
     if device is None or any(map(_meddles, cbs)): return None
-    bs = getattr(dl := learn.dls.train, 'bs', None) or getattr(dl, 'batch_size', None) or 2
+    bs = batch_size_of(dl := learn.dls.train) or 2
     for n in sorted({2, bs}):
-        with _unseen(device, getattr(dl, 'device', None)):
+        with unseen(device, getattr(dl, 'device', None)):
             if not isinstance(b := samples(dl, n), (list, tuple)): return None
             i = getattr(learn.dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)         # as the Learner splits a batch
             xb, yb = _cast_tensor(to_device(tuple(b[:i]), device)), _cast_tensor(to_device(tuple(b[i:]), device))
-            try: return Glance(xb, yb, _answer(model, xb))
+            try: return Glance(xb, yb, answer_of(model, xb))
             except Exception as e: seen = Glance(xb, yb, error=e)
     return seen
 
@@ -72,7 +72,7 @@ def _meddles(cb) -> bool:
 
 
 @contextmanager
-def _unseen(*devices: torch.device | None):
+def unseen(*devices: torch.device | None):
     "A block without gradients of which no draw, warning or compilation is felt outside."
     eager = torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
     with forked('preflight'), torch.random.fork_rng({d for d in devices if d is not None and d.type == 'cuda'}), torch.no_grad(), warnings.catch_warnings(), eager:
@@ -80,7 +80,7 @@ def _unseen(*devices: torch.device | None):
         yield
 
 
-def _answer(model: nn.Module, xb: tuple):
+def answer_of(model: nn.Module, xb: tuple):
     "What a network answers in evaluation mode; then modes and buffers (batch statistics, observers) are as they were."
     was, modes, buffers = model.training, [(m, m.training) for m in model.modules()], [(b, b.clone()) for b in model.buffers()]
     try: return model.eval()(*xb)

@@ -17,7 +17,7 @@ import torch
 from fastai.basics import BaseLoss, FocalLoss, L, Learner, TensorCategory, get_model, patch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
-from fastai.callback.schedule import LRFinder, ParamScheduler
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import Datasets, TfmdDL
@@ -27,11 +27,12 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
 from fastrecipes.data.keyed import Keyed
-from fastrecipes.data.loaders import Indexed, labels_of
+from fastrecipes.data.loaders import Indexed, batch_size_of, labels_of
 from fastrecipes.errors import BadValue, few, nearest
 from fastrecipes.losses.base import ClassLoss
 from fastrecipes.losses.classification import CrossEntropy, classes_of
 from fastrecipes.metrics.base import Judge
+from fastrecipes.repairs import is_trial
 from fastrecipes.technique import TECHNIQUES
 from fastrecipes.training.finite import FiniteLoss
 from fastrecipes.training.glance import Glance, glance
@@ -68,7 +69,7 @@ class Start:
     def __init__(self, learn: Learner, n_epoch: int = 1, folder=None, cbs=()):
         self.learn, self.n_epoch, self.folder = learn, n_epoch, folder
         self.cbs = [cb for cb in (*learn.cbs, *L(cbs)) if not isinstance(cb, type)]
-        self.techniques = learn.__dict__.get('techniques') or {}
+        self.techniques = learn.techniques
         self.classes = _over_classes(learn.loss_func)
 
     @cached_property
@@ -88,7 +89,7 @@ class Start:
 def batches(start: Start) -> Iterator[str]:
     "Loaders without a batch."
     dls = start.learn.dls
-    train, bs = dls.train, getattr(dls.train, 'bs', None) or getattr(dls.train, 'batch_size', None)
+    train, bs = dls.train, batch_size_of(dls.train)
     if _is_empty(train):
         n = getattr(train, 'n', None) if isinstance(train, TfmdDL) else len(train.dataset)
         world = getattr(train, 'world', 1)
@@ -314,14 +315,19 @@ class _Checked:
 
 def _check(learn: Learner, n_epoch: int = 1, cbs=(), folder=None):
     "Raise for what is wrong with this fit; data, network and loss are looked at once."
-    state = (*learn.dls.loaders, learn.model, learn.loss_func, *(learn.__dict__.get('techniques') or {}).values(), *_judges(learn))
+    state = (*learn.dls.loaders, learn.model, learn.loss_func, *learn.techniques.values(), *_judges(learn))
     known = learn.__dict__.get('_checked', _Checked()).is_of(state)
     _raise(list(_found(Start(learn, n_epoch, folder, cbs), [c for c in CHECKS if not (known and c in ONCE)])))
     learn._checked = _Checked(state)
 
 
+def check_ours(learn: Learner):
+    "Raise for what is wrong with a fit of `learn`, ahead of it, where fits of it are checked."
+    if _is_ours(learn): _check(learn)
+
+
 def _is_ours(learn: Learner, cbs=()) -> bool:
-    ours = learn.__dict__.get('techniques') or any(isinstance(cb, Keyed) for cb in (*learn.cbs, *L(cbs)))
+    ours = learn.techniques or any(isinstance(cb, Keyed) for cb in (*learn.cbs, *L(cbs)))
     return bool(ours) and _is_on()
 
 
@@ -334,11 +340,11 @@ def _wrap_the_fits():
 
     @wraps(fit)
     def checked_fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
-        if n_epoch > start_epoch and _is_on() and _judges(self) and not _is_ours(self, cbs): _raise(list(_found(Start(self, n_epoch, None, cbs), [metrics])))
-        if not _is_ours(self, cbs) or n_epoch <= start_epoch: return fit(self, n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+        trains, ours = n_epoch > start_epoch, _is_ours(self, cbs)
+        if trains and not ours and _judges(self) and _is_on(): _raise(list(_found(Start(self, n_epoch, None, cbs), [metrics])))
+        if not trains or not ours: return fit(self, n_epoch, lr, wd, cbs, reset_opt, start_epoch)
         _check(self, n_epoch, cbs)
-        finds = any(isinstance(cb, LRFinder) for cb in (*self.cbs, *L(cbs)))
-        guard = [] if finds else [FiniteLoss()]
+        guard = [] if is_trial(self, cbs) else [FiniteLoss()]
         try: return fit(self, n_epoch, lr, wd, [*L(cbs), *guard], reset_opt, start_epoch)
         except BadValue as e:
             for g in guard:

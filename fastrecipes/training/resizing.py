@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from fastrecipes.data.loaders import shapes
 from fastrecipes.errors import BadValue
 from fastrecipes.technique import TechniqueCallback, put, say, technique
-from fastrecipes.training.glance import _answer, _unseen, glance
+from fastrecipes.training.glance import answer_of, glance, unseen
 
 __all__ = ['ProgressiveResize', 'share_of', 'side_of', 'resized']
 
@@ -47,7 +47,6 @@ class ProgressiveResize(TechniqueCallback):
         if size != full: self.learn.xb, self.learn.yb = (tuple(resized(t, size) if _has_pixels(t, full) else t for t in b) for b in (self.learn.xb, self.learn.yb))
 
 
-
 def _has_pixels(t, full) -> bool: return isinstance(t, torch.Tensor) and t.ndim in (3, 4) and tuple(t.shape[-2:]) == full
 
 
@@ -69,8 +68,8 @@ def _check(learn: Learner, cb: ProgressiveResize) -> list[tuple[int, int]] | Non
 def _try(who: str, net: nn.Module, seen, size, full):
     device = next((p.device for p in net.parameters()), seen.xb[0].device)
     what, instead = f'the {who} cannot take images of {size[0]}×{size[1]} px', 'use one that pools whatever is left (nn.AdaptiveAvgPool2d), or begin with a larger share (initial=…)'
-    with _unseen(device):
-        try: got = _answer(net, tuple((resized(x, size) if _has_pixels(x, full) else x).to(device) for x in seen.xb))
+    with unseen(device):
+        try: got = answer_of(net, tuple((resized(x, size) if _has_pixels(x, full) else x).to(device) for x in seen.xb))
         except Exception as e: raise BadValue(f'progressive_resize: {what} ({(str(e).strip() or type(e).__name__).splitlines()[0]}); {instead}') from e
     if not isinstance(got, torch.Tensor) or not isinstance(seen.pred, torch.Tensor): return
     expected = tuple(seen.pred.shape)

@@ -13,13 +13,12 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
-from fastai.basics import Callback, L, Learner, get_model
-from fastai.callback.schedule import LRFinder
+from fastai.basics import Callback, Learner, get_model
 
 from fastrecipes.data.keyed import KeyedDL, keyed
 from fastrecipes.errors import BadValue
 from fastrecipes.files import whole, writes
-from fastrecipes.repairs import REPAIRS
+from fastrecipes.repairs import REPAIRS, is_trial
 from fastrecipes.training import preflight  # noqa: F401  its look at a fit is taken inside ours: fits that are passed over need none
 from fastrecipes.training.state import restore, state_of
 
@@ -153,7 +152,7 @@ class Checkpoint(Callback):
 def _act_of(learn: Learner, cbs=()) -> _Act | None:
     "The act that a fit of `learn` belongs to: none outside a resumable block, and `lr_find` is no fit."
     run = _run.get()
-    return None if run is None or any(isinstance(cb, LRFinder) for cb in (*L(cbs), *learn.cbs)) else run.act(learn)
+    return None if run is None or is_trial(learn, cbs) else run.act(learn)
 
 
 def _wrap_the_loop():

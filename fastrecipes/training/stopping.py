@@ -2,11 +2,10 @@
 import math
 
 from fastai.basics import CancelFitException, Learner
-from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import TrackerCallback
 
 from fastrecipes.errors import BadValue, nearest
-from fastrecipes.repairs import orientation
+from fastrecipes.repairs import is_trial, orientation
 from fastrecipes.technique import TechniqueCallback, put, say, technique
 
 __all__ = ['EarlyStop', 'monitored']
@@ -37,7 +36,7 @@ class EarlyStop(TechniqueCallback):
     def before_epoch(self): self.trained = False
 
     def before_train(self):
-        self.trained = not any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        self.trained = not is_trial(self.learn)
         if self.trained and self.fresh: self._forget()
         self.fresh = self.fresh and not self.trained
 

@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 from fastrecipes.data.keyed import KeyedDL
 from fastrecipes.data.loaders import Indexed
 from fastrecipes.technique import discover
-from fastrecipes.training.precision import Autocast
+
+from .half import Half
 
 discover()
 W = torch.tensor([5., 1., .2])
@@ -271,14 +272,6 @@ def test_it_sees_the_gradient_that_was_accumulated():
     for params, batches, grad in seen.steps:
         full = gradient(learn, params, batches, F.cross_entropy)
         assert_close(grad, [g*.05/norm(full) for g in full], 1e-4)
-
-
-class Half(Autocast):
-    "What a GPU does under to_fp16, as far as a CPU can: an enabled GradScaler, the forward pass in 32 bits."
-    def before_fit(self):
-        super().before_fit()
-        self.autocast = torch.autocast('cpu', torch.bfloat16, enabled=False)
-        self.learn.scaler = self.kept = torch.amp.GradScaler('cpu', init_scale=2.**10, growth_interval=2)
 
 
 def test_it_sees_gradients_unscaled_and_accumulation_scales_with_the_scaler():

@@ -11,8 +11,9 @@ from torch.utils.data import TensorDataset
 from fastrecipes.data.keyed import KeyedDL
 from fastrecipes.data.loaders import Indexed
 from fastrecipes.technique import discover
-from fastrecipes.training.precision import Autocast
 from fastrecipes.training.sharpness import ascent
+
+from .half import Half
 
 discover()
 A, W0 = torch.tensor([3., .5, 1.]), torch.tensor([1., -2., .1])
@@ -177,14 +178,6 @@ def test_what_others_see_and_the_records_keep_is_the_pass_at_the_weights():
 
 
 # with others
-
-class Half(Autocast):
-    "What a GPU does under to_fp16, as far as a CPU can: an enabled GradScaler, the forward pass in 32 bits."
-    def before_fit(self):
-        super().before_fit()
-        self.autocast = torch.autocast('cpu', torch.bfloat16, enabled=False)
-        self.learn.scaler = self.kept = torch.amp.GradScaler('cpu', init_scale=2.**10, growth_interval=2)
-
 
 def test_a_scaled_loss_gives_the_same_steps():
     plain, scaled = learner().sam(.3), learner().sam(.3)
