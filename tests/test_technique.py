@@ -124,6 +124,14 @@ def test_what_fastai_leaves_on_a_learner_hides_no_technique(tmp_path):
     assert 'normalize' not in vars(learn) and callable(learn.normalize)
 
 
+def test_names_alone_are_defaults(toy):
+    learn = toy().use('ema', 'label_smoothing', mixup=.2)
+    assert {n: a.arguments for n, a in learn.techniques.items()} == dict(ema={}, label_smoothing={}, mixup=dict(alpha=.2))
+    for bad in (dict(ema=True), 3):
+        with pytest.raises(TypeError, match='use: the names of techniques, such as use'): toy().use(bad)
+    with pytest.raises(TypeError, match="no technique named 'emma'; did you mean 'ema'"): toy().use('emma')
+
+
 def test_off_does_not_pretend_to_take_back_what_is_on(toy):
     learn = toy().use(dropout=.5)
     with pytest.raises(ValueError, match='dropout: it is on, and dropout=False does not take it back; build the Learner again'): learn.use(dropout=False)

@@ -67,9 +67,9 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     check_recipe(path, arch, epochs, lr, schedule)
     if groups is not None and not isinstance(path, (str, Path)): raise BadValue(f'groups: found in the names of files, and path is {type(path).__name__}; give a folder of images')
     if 'to_distributed' not in {t.name for t, _ in todo}: one_process('image_classifier without to_distributed')
-    net = backbone(arch, pretrained, weights=weights)
 
     seed_everything(seed)
+    net = backbone(arch, pretrained, weights=weights)
     dls = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, groups=groups,
                          near_duplicates=near_duplicates, resize=resize, seed=seed, workers=workers)
     with RunFolder.open('image-classifier', asked, out, overwrite, defaults=image_classifier).under_way() if out else nullcontext() as run:

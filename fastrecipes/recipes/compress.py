@@ -62,12 +62,12 @@ def compress(learn: Learner | str, student: str | None = None, *, prune: float |
     prune, quantize = check_compression(prune, quantize, tolerance)
     if not (student or prune or quantize): raise BadValue('compress: student, prune and quantize are all off: nothing to do')
     if student or prune: check_fit(epochs, lr)
+    seed_everything(seed)
     net = backbone(student, pretrained, 'student') if student else None
     learn = _to_compress(learn, out)
 
     with RunFolder.open('compress', asked, out, overwrite, defaults=compress).under_way() if out else nullcontext() as run:
         if run: run.note_data(learn.dls)
-        seed_everything(seed)
         gate, how = Gate(learn, tolerance), dict(teacher=learn, T=T, alpha=alpha)
         if student: gate.attempt(f'distil to {student}', lambda: _distilled(learn, net, epochs, lr, seed, how))
         if prune: gate.attempt(f'prune {prune:.0%}', lambda: _pruned(gate.learn, prune, epochs, lr, seed, how))

@@ -9,6 +9,7 @@ from fastai.basics import CancelBatchException, CancelFitException, Learner, app
 from fastai.data.core import TfmdDL
 from matplotlib.figure import Figure
 
+from fastrecipes.arguments import check_types
 from fastrecipes.data.keyed import Keyed, with_train
 from fastrecipes.data.loaders import batch_size_of
 from fastrecipes.errors import BadValue
@@ -101,6 +102,7 @@ def find_batch_size(self: Learner, pairs: int = 16, times: int = 8) -> FoundBatc
     Gradients are those of the training loss with all techniques, over `pairs` ≥ 2 pairs of a batch of the loader's size (smaller where there
     are few samples) and of `times` ≥ 2 such batches together. No step is taken: the Learner is as before, also after Ctrl-C. Batch norm and
     mixing look at the small batch in both. Raises `ValueError` outside these ranges, for too few samples, and in several processes."""
+    check_types(Learner.find_batch_size, dict(pairs=pairs, times=times), 'find_batch_size')
     for name, v in dict(pairs=pairs, times=times).items():
         if v < 2: raise BadValue(f'find_batch_size: {name} must be ≥ 2, got {v}')
     if num_distrib() > 1: raise BadValue(f'find_batch_size: measures in one process, and there are {num_distrib()}; call it before they are started')

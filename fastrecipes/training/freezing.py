@@ -1,12 +1,13 @@
 "What of a network stands still while the rest trains: norm layers that really are frozen, and layers let go step by step."
-from typing import Literal
+from numbers import Real
 
 import numpy as np
 from fastai.basics import Learner, TrainEvalCallback, get_model, nn, patch
 
-from fastrecipes.errors import BadValue
+from fastrecipes.errors import BadValue, nearest
 from fastrecipes.repairs import fitting
 from fastrecipes.technique import TechniqueCallback, put, say, technique
+from fastrecipes.training.schedules import SCHEDULES, fit_by
 
 __all__ = ['FreezeBN', 'freeze_norms', 'frozen_norms', 'norms_of']
 
@@ -79,17 +80,14 @@ def freeze_bn(self: Learner) -> Learner:
     return put(self, FreezeBN())
 
 
-Fit = Literal['flat_cos', 'one_cycle']
-
-
 @patch
 def fit_gradual_unfreeze(self: Learner, epochs: int, lr: float | None = None, *, step_epochs: int = 1, steps: int | None = None, div: float = 2.6,
-                         schedule: Fit = 'flat_cos') -> Learner:
+                         schedule: str = 'flat_cos') -> Learner:
     """Train the head alone, then with the group of layers below it, and so on down: gradual unfreezing with layer-wise rates (arXiv:1801.06146).
 
     `epochs` ≥ 1: of the last step, in which all layers train; each step before has `step_epochs` ≥ 1. `steps`: 2 to the number of the Learner's
     parameter groups (default: one for each group); 2 are the head, then all. `lr`: the rate of the head (default: the Learner's); each group
-    below has that of the one above divided by `div` ≥ 1 (2.6, the paper's). `schedule`: of each step. Each step is a fit of its own, and
+    below has that of the one above divided by `div` ≥ 1 (2.6, the paper's). `schedule`: of each step, one of `SCHEDULES`. Each step is a fit of its own, and
     begins with a new optimizer state; in a `resumable` block it goes on in the step where it was killed. Raises `ValueError` outside the
     ranges, and for a Learner of one group, which needs a `splitter`."""
     if self.opt is None: self.create_opt()
@@ -100,10 +98,10 @@ def fit_gradual_unfreeze(self: Learner, epochs: int, lr: float | None = None, *,
     for name, value in (('epochs', epochs), ('step_epochs', step_epochs), ('div', div)):
         if not value >= 1: raise BadValue(f'fit_gradual_unfreeze: {name} must be ≥ 1, got {value}')
     lr = self.lr if lr is None else lr
-    if not lr > 0: raise BadValue(f'fit_gradual_unfreeze: lr must be > 0, got {lr}')
-    if schedule not in ('flat_cos', 'one_cycle'): raise BadValue(f'fit_gradual_unfreeze: schedule must be flat_cos or one_cycle, got {schedule!r}')
+    if not isinstance(lr, Real) or not lr > 0: raise BadValue(f'fit_gradual_unfreeze: lr must be one number > 0, the rate of the head, got {lr}')
+    if schedule not in SCHEDULES: raise BadValue(f'fit_gradual_unfreeze: schedule must be one of {", ".join(SCHEDULES)}, got {schedule!r}{nearest(schedule, SCHEDULES)}')
     rates = [lr/div**(n-1-i) for i in range(n)]
     for frozen in np.linspace(n-1, 0, steps).round().astype(int).tolist():
         self.freeze_to(frozen)
-        getattr(self, f'fit_{schedule}')(epochs if frozen == 0 else step_epochs, rates)
+        fit_by(self, schedule, epochs if frozen == 0 else step_epochs, np.array(rates))
     return self

@@ -142,6 +142,7 @@ class OptimizerStep(TechniqueCallback):
     """Before a step key what the optimizer draws to (seed, epoch, batch), and tell a decay that asks for it the largest rate so far; keep the graph
     of the backward pass for an optimizer that differentiates gradients."""
     order, run_valid = 900, False               # after all who scale a loss, and all who have a part in the gradient
+    told = False
 
     @property
     def acts_on(self):
@@ -159,7 +160,12 @@ class OptimizerStep(TechniqueCallback):
             if f'{name}_cb' in vars(self.learn): raise BadValue(f"optimizer: 'adahessian' and {name!r} do not go together: {why}, or another optimizer (kron, muon)")
 
     def before_train(self):
-        scaler = vars(self.learn).get('scaler')
+        opt, scaler = self.acts_on, vars(self.learn).get('scaler')
+        if opt is not None and not self.told and all('trust_clip' in pg and not pg['weight_decay'] and not pg['always_adapt'] for pg in opt.param_groups):
+            kind = type(opt).__name__
+            say(self.learn, 'optimizer', f'{kind} adapts the rate of each layer only where weights decay, as timm has it, and none does: '
+                "call weight_decay(…), or give args={'always_adapt': True}", aloud=True)
+        self.told = True
         if isinstance(self.acts_on, Adahessian) and scaler is not None and scaler.is_enabled():
             raise BadValue("optimizer: 'adahessian' and 'to_fp16' do not go together: the loss that it differentiates twice is a scaled one; take to_bf16()")
 
@@ -192,14 +198,15 @@ class OptimizerStep(TechniqueCallback):
 @technique('optim', section='Training', source='https://huggingface.co/docs/timm/reference/optimizers', touches=('step',),
            example=dict(name='lookahead_nadamw', eps=1e-5))     # counts in its groups, slow weights beside its state
 def optimizer(self: Learner, name: str, eps: float | None = None, betas: list[float] | None = None, momentum: float | None = None, args: dict | None = None) -> Learner:
-    """Take the steps of another optimizer: any of torch or timm by its name, such as 'adamw', 'lamb', 'lion', 'adopt', 'muon', 'kron'.
+    """Take the steps of another optimizer: any of timm's by its name, such as 'adamw', 'lamb', 'lion', 'adopt', 'muon', 'kron'.
 
-    `name`: one of `timm.optim.list_optimizers()`; with 'lookahead_' before it, averaged with its past every 6 steps (arXiv:1907.08610). 'sgd' has
+    `name`: one of `timm.optim.list_optimizers()`, most of torch's among them; with 'lookahead_' before it, averaged with its past every 6 steps (arXiv:1907.08610). 'sgd' has
     Nesterov momentum, 'momentum' plain. `eps` ≥ 0, `betas` and `momentum` in [0, 1): what the library has unless given (a momentum of .9 where
     that is 0); `args`: what else its constructor takes. Rates, also by layer, schedules of rate and momentum, freezing, `wd` and checkpoints work
     as with fastai's own: norms and biases do not decay. Lion wants a rate some 5 times lower than AdamW, lamb and muon a higher one. 'adahessian' and 'kron'
-    follow curvature, for two or more times the time a step; what they draw is keyed. 'muon' is for matrices and convolutions, the rest gets AdamW. State
-    that an optimizer had is lost. Raises `ValueError` for other names, for what a constructor refuses, and for 'lbfgs' and schedule-free ones."""
+    follow curvature, for two or more times the time a step; what they draw is keyed. 'muon' is for matrices and convolutions, the rest gets AdamW.
+    'lamb', 'lars' and 'larc' adapt rates by layer only for weights that decay. State that an optimizer had is lost. Raises `ValueError` for
+    other names, for what a constructor refuses, and for 'lbfgs' and schedule-free ones."""
     name = name.lower()
     base, known = name.removeprefix('lookahead_'), list_optimizers()
     if why := next((v for k, v in REFUSED.items() if k in base.replace('_', '').replace('-', '')), None): raise BadValue(f'optimizer: {name!r}: {why}')

@@ -4,11 +4,14 @@ import warnings
 import torch
 from fastai.basics import L, Learner
 from fastai.callback.fp16 import MixedPrecision
+from torch.overrides import TorchFunctionMode
 
 from fastrecipes.errors import BadValue
 from fastrecipes.technique import TechniqueCallback, applied, put, say, technique
 
 __all__ = ['Autocast', 'device_of', 'low_precision']
+
+CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
 
 class Autocast(TechniqueCallback, MixedPrecision):
@@ -16,19 +19,23 @@ class Autocast(TechniqueCallback, MixedPrecision):
 
     fastai 2.8.12 asks for a GPU whatever the device, and leaves autocast on when a forward pass dies."""
     def __init__(self, wanted: torch.dtype, **scaling):
-        self.wanted, self.scaling, self.inside = wanted, scaling, False
+        self.wanted, self.scaling, self.inside, self.guards = wanted, scaling, False, False
 
     def before_fit(self):
         device = device_of(self.learn).type
         dtype = low_precision(device, self.wanted)
         self.autocast, self.inside, self.scales = torch.autocast(device, dtype), False, L()
+        self.guard, self.sound = Unwritten() if device == 'cpu' else None, set()
         self.learn.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16, **self.scaling)
 
     def before_batch(self):
         self.autocast.__enter__()
-        self.inside = True
+        self.inside, self.shapes = True, tuple(getattr(x, 'shape', None) for x in self.learn.xb)
+        self.guards = self.guard is not None and self.learn.training and self.shapes not in self.sound
+        if self.guards: self.guard.__enter__()
 
     def after_pred(self):
+        if self.guards and not self.guard.met: self.sound.add(self.shapes)          # a watch costs time, and inputs of one shape meet the same
         self._leave()
         super().after_pred()
 
@@ -38,8 +45,34 @@ class Autocast(TechniqueCallback, MixedPrecision):
     def abort(self, level): self._leave()
 
     def _leave(self):
+        if self.inside and self.guards: self.guard.__exit__(None, None, None)
         if self.inside: self.autocast.__exit__(None, None, None)
         self.inside = False
+
+
+class Unwritten(TorchFunctionMode):
+    """Compute in 32 bits the convolutions whose bfloat16 gradient torch 2.15 leaves unwritten on a CPU: `met` is whether there were any.
+
+    oneDNN skips the taps of a padded kernel that see no pixel, where a picture is narrower than the stride (in 3D, than the kernel): what lay
+    in memory before, NaN or 1e33 or yesterday's gradient, is then the gradient of those weights."""
+    met = False
+
+    def __enter__(self):
+        self.met = False
+        return super().__enter__()
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if f not in CONVOLUTIONS or not _skips(*args, **kwargs): return f(*args, **kwargs)
+        self.met = True
+        with torch.autocast('cpu', enabled=False):
+            return f(*(a.float() if isinstance(a, torch.Tensor) else a for a in args), **{k: v.float() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()})
+
+
+def _skips(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> bool:
+    size, kernel = input.shape[2-weight.ndim:], weight.shape[2:]
+    strides = [stride]*len(size) if isinstance(stride, int) else stride
+    return max(kernel) > 1 and any(n < s or len(size) == 3 and n < k for n, s, k in zip(size, strides, kernel))
 
 
 def device_of(learn: Learner) -> torch.device:

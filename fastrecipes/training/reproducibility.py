@@ -3,6 +3,7 @@ import gc
 import os
 import random
 import sys
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ def seed_everything(seed: int = 42) -> int:
 
     0 ≤ seed < 2**32. `PYTHONHASHSEED` is set too, but reaches only processes started afterwards: this one's hashes are drawn.
     Call it before the DataLoaders are made: fastai's own draw their seed then."""
-    if not 0 <= seed < 2**32: raise BadValue(f'seed: 0 to 2**32-1, got {seed}')
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32: raise BadValue(f'seed: a whole number from 0 to 2**32-1, got {seed!r}')
+    seed = int(seed)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -6,12 +6,14 @@ from fastai.basics import CancelFitException, GetAttr, Learner, get_model, nn, n
 from fastai.callback.mixup import MixHandler
 from timm.layers import DropPath
 
+from fastrecipes.arguments import check_types
 from fastrecipes.data.keyed import Keyed, with_train
 from fastrecipes.data.loaders import samples
 from fastrecipes.errors import BadValue, few
 from fastrecipes.losses.classification import classes_of
 from fastrecipes.objective import Objective
 from fastrecipes.training.aside import Trial, aside
+from fastrecipes.training.schedules import check_fit_of
 
 __all__ = ['Memorized']
 
@@ -43,6 +45,8 @@ def overfit_batch(self: Learner, n: int = 8, steps: int = 100, lr: float | slice
     the loss does not fall, is not finite, or no gradient reaches some layers. `lr`: the Learner's by default. The samples are the first of the
     training set, transformed once. Loss, optimizer and techniques are those of training, but dropout, mixing and what else draws in each batch
     are off; decay and smoothing are not, and keep a loss from 0. Answers true if it learns. Raises `ValueError` outside these ranges."""
+    check_types(Learner.overfit_batch, dict(n=n, steps=steps), 'overfit_batch')
+    check_fit_of('overfit_batch', self, 1, lr)
     for name, v in dict(n=n, steps=steps).items():
         if v < 2: raise BadValue(f'overfit_batch: {name} must be ≥ 2, got {v}')
     if num_distrib() > 1: raise BadValue(f'overfit_batch: looks at one process, and there are {num_distrib()}; call it before they are started')

@@ -2,6 +2,7 @@
 import inspect
 import math
 from functools import partial
+from numbers import Integral, Real
 from typing import Literal
 
 import numpy as np
@@ -14,25 +15,37 @@ from fastrecipes.errors import BadName, BadValue, nearest
 from fastrecipes.files import writes
 from fastrecipes.repairs import REPAIRS
 
-__all__ = ['SCHEDULES', 'cycles_of', 'fit_by', 'rates_by_batch']
+__all__ = ['SCHEDULES', 'check_fit_of', 'cycles_of', 'fit_by', 'rates_by_batch']
 
 SCHEDULES = ('constant', 'step', 'decay', 'cos', 'flat_cos', 'sgdr', 'one_cycle')       # each is a `fit_<name>`
 RESTARTED = dict(sgd=partial(SGD, mom=.9), adamw=Adam)      # both take the weight decay off the weights, and not into the gradient
 NEARLY = 1e-9                                               # of an epoch: fractions of a fit are sums of floats
 
 
-def _fit(learn: Learner, n_epoch, lr, scheds, wd, cbs, reset_opt, start_epoch):
+def _fit(who: str, learn: Learner, n_epoch, lr, scheds, wd, cbs, reset_opt, start_epoch):
     "Fit with the schedule that `scheds` makes of the rate of each parameter group: an array, so that layers keep their ratios."
+    check_fit_of(who, learn, n_epoch, lr)
     if learn.opt is None: learn.create_opt()
     learn.opt.set_hyper('lr', learn.lr if lr is None else lr)
     scheds = {'lr': scheds(np.array([h['lr'] for h in learn.opt.hypers]))}
     learn.fit(n_epoch, cbs=ParamScheduler(scheds)+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
 
 
+def check_fit_of(who: str, learn, n_epoch, lr=None):
+    """Raise `ValueError`, naming `who`, for a number of epochs that is no whole number ≥ 1, and for rates that cannot be: `lr` is None, a number > 0, a
+    slice of them, or one for each parameter group (0 for some)."""
+    if not isinstance(n_epoch, Integral) or isinstance(n_epoch, bool) or n_epoch < 1: raise BadValue(f'{who}: n_epoch must be a whole number ≥ 1, got {n_epoch!r}')
+    if lr is None: return
+    rates = [r for r in (lr.start, lr.stop) if r is not None] if isinstance(lr, slice) else [*lr] if isinstance(lr, (list, tuple, L, np.ndarray)) and np.ndim(lr) else [lr]
+    if not rates or not all(isinstance(r, Real) and math.isfinite(r) for r in rates): raise BadValue(f'{who}: lr must be a number, got {lr!r}; learn.lr_find() suggests one')
+    if min(rates) < 0 or not max(rates) > 0 or isinstance(lr, slice) and not min(rates) > 0: raise BadValue(f'{who}: lr must be > 0, got {lr}')
+    if not isinstance(lr, slice) and len(rates) not in (1, n := _n_groups(learn)): raise BadValue(f'{who}: lr has {len(rates)} rates for {n} parameter group{"s"*(n > 1)}')
+
+
 @patch
 def fit_constant(self: Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
     "Fit for `n_epoch` epochs at a rate of `lr`, from the first batch to the last."
-    _fit(self, n_epoch, lr, lambda lr: SchedNo(lr, lr), wd, cbs, reset_opt, start_epoch)
+    _fit('fit_constant', self, n_epoch, lr, lambda lr: SchedNo(lr, lr), wd, cbs, reset_opt, start_epoch)
 
 
 @patch
@@ -42,13 +55,14 @@ def fit_step(self: Learner, n_epoch, lr=None, gamma=.1, milestones=None, every=N
     Both are in epochs, fractions allowed. By default at 1/2 and 3/4 of the fit (arXiv:1512.03385). Raises `ValueError` outside these ranges."""
     if not 0 < gamma <= 1: raise BadValue(f'fit_step: gamma must be above 0 and at most 1, got {gamma}')
     if milestones is not None and every is not None: raise BadValue(f'fit_step: milestones={milestones} and every={every} both say when; give one')
+    check_fit_of('fit_step', self, n_epoch, lr)
     if every is not None:
         if not every > 0: raise BadValue(f'fit_step: every must be > 0 epochs, got {every}')
         milestones = [every*i for i in range(1, math.ceil(n_epoch/every))]
     milestones = [n_epoch/2, n_epoch*3/4] if milestones is None else list(milestones)
     if bad := [m for m in milestones if not m >= 0]: raise BadValue(f'fit_step: milestones must be ≥ 0 epochs, got {bad[0]}')
     def passed(pct): return sum(m <= pct*n_epoch + NEARLY for m in milestones)
-    _fit(self, n_epoch, lr, lambda lr: lambda pct: lr*gamma**passed(pct), wd, cbs, reset_opt, start_epoch)
+    _fit('fit_step', self, n_epoch, lr, lambda lr: lambda pct: lr*gamma**passed(pct), wd, cbs, reset_opt, start_epoch)
 
 
 FORMS = dict(exponential=lambda lr, div, power: SchedExp(lr, lr/div), linear=lambda lr, div, power: SchedLin(lr, lr/div),
@@ -64,14 +78,14 @@ def fit_decay(self: Learner, n_epoch, lr=None, form='exponential', div_final=100
     if form not in FORMS: raise BadValue(f'fit_decay: form must be one of {", ".join(FORMS)}, got {form!r}{nearest(form, FORMS)}')
     _check_div('fit_decay', div_final)
     if not power > 0: raise BadValue(f'fit_decay: power must be > 0, got {power}')
-    _fit(self, n_epoch, lr, lambda lr: FORMS[form](lr, div_final, power), wd, cbs, reset_opt, start_epoch)
+    _fit('fit_decay', self, n_epoch, lr, lambda lr: FORMS[form](lr, div_final, power), wd, cbs, reset_opt, start_epoch)
 
 
 @patch
 def fit_cos(self: Learner, n_epoch, lr=None, div_final=1e5, wd=None, cbs=None, reset_opt=False, start_epoch=0):
     "Fit for `n_epoch` epochs while `lr` falls to `lr/div_final` (≥ 1) by half a cosine, from the first batch on (arXiv:1608.03983, without restarts)."
     _check_div('fit_cos', div_final)
-    _fit(self, n_epoch, lr, lambda lr: SchedCos(lr, lr/div_final), wd, cbs, reset_opt, start_epoch)
+    _fit('fit_cos', self, n_epoch, lr, lambda lr: SchedCos(lr, lr/div_final), wd, cbs, reset_opt, start_epoch)
 
 
 def _check_div(who, div_final):
@@ -86,7 +100,7 @@ if REPAIRS:
         fastai 2.8.12 ignores `start_epoch` here and trains every epoch again."""
         if not 0 <= pct_start <= 1: raise BadValue(f'fit_flat_cos: pct_start must be 0 to 1, got {pct_start}')
         _check_div('fit_flat_cos', div_final)
-        _fit(self, n_epoch, lr, lambda lr: combined_cos(pct_start, lr, lr, lr/div_final), wd, cbs, reset_opt, start_epoch)
+        _fit('fit_flat_cos', self, n_epoch, lr, lambda lr: combined_cos(pct_start, lr, lr, lr/div_final), wd, cbs, reset_opt, start_epoch)
 
     @patch
     def fit_sgdr(self: Learner, n_cycles, cycle_len, lr_max=None, cycle_mult=2, cbs=None, reset_opt=False, wd=None, start_epoch=0,
@@ -115,7 +129,7 @@ def _restarts(learn: Learner, cycles: list[int], lr=None, opt=None, wd=None, cbs
             i = min(int(np.searchsorted(ends, at, 'right')), len(ends)-1)
             return SchedCos(lr, 0*lr)(max(at - NEARLY - (ends[i]-cycles[i]), 0.)/cycles[i])
         return rate
-    _fit(learn, int(ends[-1]), lr, fall, wd, cbs, reset_opt, start_epoch)
+    _fit('fit_sgdr', learn, int(ends[-1]), lr, fall, wd, cbs, reset_opt, start_epoch)
 
 
 def cycles_of(n_epoch: int, mult: int = 2) -> list[int]:
@@ -133,6 +147,7 @@ def fit_by(learn: Learner, schedule: str, n_epoch: int, lr=None, **kwargs):
     'sgdr' makes cycles that double (or grow `cycle_mult` times) and says which: seven epochs are cycles of 1, 2 and 4; `opt` as in `fit_sgdr`.
     Raises `ValueError` for another schedule, and `TypeError` for an argument that its method does not take."""
     if schedule not in SCHEDULES: raise BadValue(f'schedule: one of {", ".join(SCHEDULES)}, got {schedule!r}{nearest(schedule, SCHEDULES)}')
+    check_fit_of(f'fit_{schedule}', learn, n_epoch, lr)
     if schedule != 'sgdr': return _method(schedule)(learn, n_epoch, lr, **kwargs)
     cycles = cycles_of(n_epoch, kwargs.pop('cycle_mult', 2))
     if isinstance(learn, Learner) and writes(): print(f'sgdr: {n_epoch} epoch{"s"*(n_epoch > 1)} in {len(cycles)} cycle{"s"*(len(cycles) > 1)} of {", ".join(map(str, cycles))}')
@@ -155,8 +170,9 @@ class _Rehearsal:
         self.n_epoch, self.start_epoch, self.scheds = n_epoch, start_epoch, next(cb for cb in L(cbs) if isinstance(cb, ParamScheduler)).scheds
 
 
-def _n_groups(learn: Learner) -> int:
+def _n_groups(learn) -> int:
     "The parameter groups that the Learner's optimizer has, or will have."
+    if isinstance(learn, _Rehearsal): return learn.groups
     if (opt := learn.opt) is None and isinstance(learn.opt_func, OptimWrapper): opt = learn.opt_func
     if opt is not None: return len(opt.param_lists)
     groups = L(learn.splitter(learn.model))
@@ -172,6 +188,7 @@ def rates_by_batch(learn: Learner, schedule: str, *args, **kwargs) -> dict[str, 
     if schedule == 'sgdr' and len(args) + ('cycle_len' in kwargs) < 2 and 'n_cycles' not in kwargs: fit_by(r, schedule, *args, **kwargs)
     else:
         if 'lr' in kwargs and 'lr_max' in inspect.signature(method).parameters: kwargs['lr_max'] = kwargs.pop('lr')
+        if schedule == 'one_cycle': check_fit_of('fit_one_cycle', r, *[inspect.signature(method).bind(r, *args, **kwargs).arguments.get(a) for a in ('n_epoch', 'lr_max')])
         method(r, *args, **kwargs)
     n = len(learn.dls.train)
     at = [(epoch + i/n)/r.n_epoch for epoch in range(r.start_epoch, r.n_epoch) for i in range(n)]

@@ -114,7 +114,8 @@ def load_weights(model: nn.Module, path: str | Path, least: float = .9) -> str:
 
     A state dict saved by torch (.pth, .pt, .bin) or safetensors, alone or under 'state_dict' or 'model' as trainers save it; a prefix that all names
     share ('module.', 'model.', …) is taken off. The head (what the last weights belong to) may be of another size, or lack. No code in the
-    file is run. Raises `FileNotFoundError`, and `ValueError` where fewer than `least` (0–1) of the body's tensors fit: nothing is loaded then."""
+    file is run. Raises `FileNotFoundError`, and `ValueError` where fewer than `least` (0–1) of the body's
+    tensors fit, or the file is of a deeper network: nothing is loaded then."""
     state, own = _state_in(Path(path)), model.state_dict()
     prefixes = Counter(k.removesuffix(name) for k in state for name in _suffixes(k) if name in own)
     prefix = max(prefixes, key=lambda p: (prefixes[p], -len(p)), default='')
@@ -127,12 +128,21 @@ def load_weights(model: nn.Module, path: str | Path, least: float = .9) -> str:
         k = next((k for k in left if k in theirs), left[0])
         why = f'{k} is {tuple(own[k].shape)} here and {tuple(theirs[k].shape)} there' if k in theirs else f'there is no {k}, but {few(theirs, 3)}'
         raise BadValue(f'weights: {len(body)-len(left)} of {len(body)} tensors of this network fit those in {path}: {why}; name the network that they were saved from')
+    _refuse_deeper(model, path, theirs.keys()-fit.keys(), body, least)
     model.load_state_dict(fit, strict=False)
     said = f'weights: {len(body)-len(left)} of {len(body)} tensors of the body from {path}'
     if left: said += f'; as they were before: {few(left)}'
     if rest := [k for k in theirs if k not in fit]: said += f'; left out, for they fit nowhere: {few(rest)}'
     if writes(): print(said)
     return said
+
+
+def _refuse_deeper(model: nn.Module, path, rest, body: list[str], least: float):
+    "Raise for a file with more layers in the stages of this network than it has: of a deeper one of its kin, whose first layers would fit."
+    stages = {k.split('.')[0] for k in body if k.count('.') > 1}
+    more = sorted(k for k in rest if k.split('.')[0] in stages and k not in model.state_dict() and not k.endswith('num_batches_tracked'))
+    if len(more) > (1-least)*len(body):
+        raise BadValue(f'weights: {len(more)} tensors in {path} have no place in this network ({few(more, 3)}): that file is of a deeper one; name the network that it was saved from')
 
 
 def _suffixes(key: str) -> list[str]:

@@ -128,6 +128,18 @@ def test_weights_that_cannot_be_fetched_name_the_way_out(photos, monkeypatch):
         image_classifier(photos, arch='resnet26t')
 
 
+def test_the_seed_reaches_the_first_weights_of_body_and_head(photos, monkeypatch):
+    class Reached(Exception): pass
+    def reached(learn, *args): raise Reached(learn)
+    monkeypatch.setattr('fastrecipes.recipes.classify.train', reached)
+    def first(seed, draws):
+        torch.rand(draws)
+        with pytest.raises(Reached) as e: image_classifier(photos, arch='resnet10t', pretrained=False, size=16, bs=4, epochs=1, lr=1e-3, seed=seed)
+        return torch.cat([p.detach().flatten() for p in e.value.args[0].model.parameters()])
+    one = first(1, 3)
+    assert torch.equal(one, first(1, 5)) and not torch.equal(one, first(2, 5))
+
+
 def test_with_a_file_of_weights_none_are_fetched_and_it_is_looked_at_before_the_data(photos, tmp_path, monkeypatch):
     class Reached(Exception): pass
     def reached(*args, **kwargs): raise Reached

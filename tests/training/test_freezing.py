@@ -207,7 +207,8 @@ def test_killed_in_any_step_it_goes_on_in_that_step(at, tmp_path):
 
 @pytest.mark.parametrize('given, said', [(dict(steps=4), 'steps must be 2 to 3, the number of parameter groups, got 4'), (dict(steps=1), 'got 1'),
                                          (dict(div=.5), 'div must be ≥ 1, got 0.5'), (dict(step_epochs=0), 'step_epochs must be ≥ 1, got 0'),
-                                         (dict(lr=0.), 'lr must be > 0, got 0.0'), (dict(schedule='cos'), "schedule must be .*got 'cos'")])
+                                         (dict(lr=0.), 'lr must be one number > 0.*got 0.0'), (dict(lr=slice(1e-3)), 'lr must be one number'),
+                                         (dict(schedule='cosine'), "schedule must be .*got 'cosine'.*'cos'")])
 def test_what_makes_no_sense_is_refused(given, said):
     learn = learner()
     with pytest.raises(ValueError, match=f'fit_gradual_unfreeze: .*{said}'): learn.fit_gradual_unfreeze(1, **given)

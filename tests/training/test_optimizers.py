@@ -328,3 +328,23 @@ def test_its_name_alone_is_the_keyword_of_a_recipe_and_needed():
     assert learner().use(optimizer='lion').opt_func.keywords['name'] == 'lion'
     with pytest.raises(TypeError, match='needs name'): learner().use(optimizer=True)
     assert learner().use(optimizer='muon').techniques['optimizer'].effect == 'muon (Muon of timm) takes the steps of 63 weights in 6 tensors'
+
+
+@pytest.mark.parametrize('name, wd, kwargs, told', [('lamb', 0., {}, True), ('lars', 0., {}, True), ('lamb', .1, {}, False), ('adamw', 0., {}, False),
+                                                    ('lamb', 0., dict(args=dict(always_adapt=True)), False)])
+def test_it_says_where_rates_are_not_adapted_by_layer_for_want_of_decay(name, wd, kwargs, told, capsys):
+    learn = learner(wd=wd).optimizer(name, **kwargs)
+    learn.fit(1, 1e-3)
+    assert ('adapts the rate of each layer only where weights decay' in capsys.readouterr().out) is told
+
+
+def test_without_decay_lamb_is_adam_and_the_sentence_is_true():
+    "timm's LAMB with a clip that never acts: no trust ratio, so the step is Adam's, as long as no gradient norm exceeds 1."
+    from timm.optim import Lamb
+    w = [nn.Parameter(torch.tensor([[3., -2.], [1., .5]])) for _ in range(2)]
+    opts = Lamb([w[0]], lr=.1, weight_decay=0., max_grad_norm=None), torch.optim.Adam([w[1]], lr=.1, eps=1e-6)
+    for _ in range(3):
+        for p, opt in zip(w, opts):
+            p.grad = torch.tensor([[.1, -.2], [.3, .05]])
+            opt.step()
+    torch.testing.assert_close(*w)

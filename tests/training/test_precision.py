@@ -116,3 +116,49 @@ def test_values_outside_their_ranges_are_refused(toy, kwargs, message):
 def test_a_gpu_without_bfloat16_is_refused(monkeypatch):
     monkeypatch.setattr(precision.torch.cuda, 'is_bf16_supported', lambda: False)
     with pytest.raises(ValueError, match='to_bf16: this GPU has no bfloat16; use to_fp16'): low_precision('cuda', torch.bfloat16)
+
+
+class Strided(nn.Module):
+    "A stride of 2 over one pixel: eight of the nine taps see padding alone."
+    def __init__(self, nd=2):
+        super().__init__()
+        self.conv, self.head = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[nd-1](32, 64, 3, 2, 1), nn.Linear(64, 3)
+
+    def forward(self, x): return self.head(self.conv(x).flatten(1))
+
+
+def strewn():
+    "Leave NaN in the memory that is free."
+    kept = [torch.full((n,), float('nan'), dtype=torch.bfloat16) for n in [9*32*64]*40]
+    del kept
+
+
+@pytest.mark.parametrize('nd', [1, 2, 3])
+def test_the_gradient_that_torch_leaves_unwritten_on_a_cpu_is_that_of_32_bits(toy, nd):
+    torch.manual_seed(0)
+    model, x, y = Strided(nd), torch.randn(8, 32, *[1]*nd), torch.arange(8) % 3
+    expected = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), model.conv.weight)[0]
+    learn, seen = toy(model=model).to_bf16(), []
+    class Keep(Callback):
+        order = 60
+        def before_batch(self): self.learn.xb, self.learn.yb = (x,), (y,)
+        def after_pred(self): strewn()
+        def before_step(self):
+            seen.append(model.conv.weight.grad.clone())
+            self.learn.opt.zero_grad()                              # the next batch meets the same weights
+    learn.fit(2, 0., cbs=Keep())
+    assert len(seen) > 2 and all(torch.allclose(g, expected, atol=.02*float(expected.abs().max())) for g in seen)
+    unseen = torch.ones(3, 3, 3)[tuple([slice(None)]*nd + [0]*(3-nd))].bool()
+    unseen[(1,)*nd] = False
+    assert all((g[:, :, unseen] == 0).all() for g in seen)
+
+
+def test_the_watch_is_over_where_nothing_was_met(toy):
+    class Wide(nn.Linear):
+        def forward(self, x):
+            modes.append(torch.overrides._get_current_function_mode() is not None)
+            return super().forward(x)
+    modes = []
+    toy(model=Wide(4, 3), n=16, bs=8).to_bf16().fit(1)
+    assert modes[-4:] == [True, False, False, False]                # the first batch of a shape; not in validation
+    assert torch.overrides._get_current_function_mode() is None

@@ -53,4 +53,7 @@ def test_clean_mem_frees_a_learner_and_what_the_last_error_held(toy):
 
 
 def test_a_seed_out_of_range_is_refused():
-    with pytest.raises(ValueError, match=r'seed: 0 to 2\*\*32-1, got -1'): seed_everything(-1)
+    with pytest.raises(ValueError, match=r'seed: a whole number from 0 to 2\*\*32-1, got -1'): seed_everything(-1)
+    for seed in ('a', 1.5, None):
+        with pytest.raises(ValueError, match=f'seed: a whole number .*got {seed!r}'): seed_everything(seed)
+    assert seed_everything(np.int64(3)) == 3

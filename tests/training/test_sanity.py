@@ -174,3 +174,8 @@ def test_another_error_is_raised(toy):
 def test_what_makes_no_sense_is_refused(toy, kwargs):
     name, v = next(iter(kwargs.items()))
     with pytest.raises(ValueError, match=f'overfit_batch: {name} must be ≥ 2, got {v}'): toy().overfit_batch(**kwargs)
+
+
+@pytest.mark.parametrize('kwargs', [dict(n='a'), dict(n=2.5), dict(steps='b'), dict(lr='find')])
+def test_arguments_of_another_type_are_refused(toy, kwargs):
+    with pytest.raises(ValueError, match=f'overfit_batch: {next(iter(kwargs))} must be .*got {next(iter(kwargs.values()))!r}'): toy().overfit_batch(**kwargs)

@@ -252,3 +252,21 @@ def test_what_makes_no_sense_is_refused_before_the_first_batch(toy, call, said):
 def test_an_argument_that_a_schedule_does_not_have_is_refused(toy):
     with pytest.raises(TypeError, match="sgdr: no argument 'n_cycles'"): fit_by(toy(), 'sgdr', 2, n_cycles=3)
     with pytest.raises(TypeError, match='pct_begin'): fit_by(toy(), 'flat_cos', 2, pct_begin=.5)
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+@pytest.mark.parametrize('n, lr, said', [(0, .1, 'n_epoch must be a whole number ≥ 1, got 0'), (1.5, .1, 'got 1.5'), (2, 'find', "lr must be a number, got 'find'; learn.lr_find"),
+                                         (2, 0., 'lr must be > 0, got 0.0'), (2, -1., 'lr must be > 0, got -1'), (2, float('nan'), 'lr must be a number'),
+                                         (2, [.1, .2], 'lr has 2 rates for 3 parameter groups'), (2, slice(0, .1), 'lr must be > 0')])
+def test_epochs_and_rates_that_cannot_be_are_refused_before_anything_moves(toy, name, n, lr, said):
+    learn = three(toy)
+    for call in (fit_by, lambda learn, *args, **kwargs: learn.plot_schedule(*args, **kwargs)):
+        with pytest.raises(ValueError, match=f'fit_{name}: .*{said}'): call(learn, name, n, lr=lr)
+    assert learn.opt is None
+
+
+def test_a_rate_of_0_keeps_a_group_still(toy):
+    learn = three(toy)
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    learn.fit_constant(1, [0., 0., .1])
+    assert [torch.equal(a, b) for a, b in zip(before, learn.model.parameters())] == [True]*4 + [False]*2

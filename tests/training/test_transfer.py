@@ -1,6 +1,7 @@
 "Networks by name, weights from packages, statistics of pixels."
 import numpy as np
 import pytest
+import timm
 import torch
 from fastai.vision.all import Normalize
 
@@ -148,3 +149,19 @@ def test_files_that_are_none_are_refused(name, tmp_path):
     with pytest.raises(FileNotFoundError, match='weights: no file'): backbone('resnet10t', weights=tmp_path/name)
     (tmp_path/name).write_bytes(b'no weights')
     with pytest.raises(ValueError, match='holds no plain state dict'): backbone('resnet10t', weights=tmp_path/name)
+
+
+def test_weights_of_a_deeper_network_of_the_kin_are_refused(tmp_path):
+    deep = timm.create_model('resnet34').state_dict()
+    torch.save(deep, tmp_path/'w.pth')
+    more = set(deep) - set(timm.create_model('resnet18').state_dict())
+    n = sum(not k.endswith('num_batches_tracked') for k in more)
+    with pytest.raises(ValueError, match=f'weights: {n} tensors in .*w.pth have no place in this network .layer1.2.bn1.bias.*of a deeper one; name the network'):
+        backbone('resnet18', weights=tmp_path/'w.pth')
+
+
+def test_tensors_beside_those_of_the_network_do_no_harm(tmp_path):
+    state = published('resnet10t').state_dict()
+    torch.save(state | {f'projector.{i}.weight': torch.zeros(2, 2) for i in range(90)}, tmp_path/'w.pth')
+    net = backbone('resnet10t', weights=tmp_path/'w.pth')
+    assert torch.equal(net.body.model.layer1[0].conv1.weight, state['layer1.0.conv1.weight'])
