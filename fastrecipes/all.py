@@ -13,6 +13,7 @@ from fastrecipes.data.keyed import *
 from fastrecipes.data.loaders import *
 from fastrecipes.data.mixing import *
 from fastrecipes.data.pixels import *
+from fastrecipes.data.pseudo import *
 from fastrecipes.data.samples import *
 from fastrecipes.data.statistics import *
 from fastrecipes.errors import *
@@ -33,14 +34,19 @@ from fastrecipes.production.bundle import *
 from fastrecipes.production.distillation import *
 from fastrecipes.production.export import *
 from fastrecipes.production.gate import *
+from fastrecipes.production.iterative import *
+from fastrecipes.production.matching import *
 from fastrecipes.production.predictor import *
 from fastrecipes.production.pruning import *
 from fastrecipes.production.quantization import *
+from fastrecipes.production.quantized import *
+from fastrecipes.production.sensitivity import *
 from fastrecipes.production.slimming import *
 from fastrecipes.randomness import *
 from fastrecipes.recipes.classify import *
 from fastrecipes.recipes.compress import *
 from fastrecipes.recipes.pipeline import *
+from fastrecipes.recipes.self_training import *
 from fastrecipes.recipes.ship import *
 from fastrecipes.recipes.validate import *
 from fastrecipes.report.page import *

@@ -22,6 +22,7 @@ COMMANDS = {
     'pipeline': 'fastrecipes.recipes.pipeline:pipeline',
     'image-classifier': 'fastrecipes.recipes.classify:image_classifier',
     'cross-validate': 'fastrecipes.recipes.validate:cross_validate',
+    'noisy-student': 'fastrecipes.recipes.self_training:noisy_student',
     'compress': 'fastrecipes.recipes.compress:compress',
     'ship': 'fastrecipes.recipes.ship:ship',
     'predict': 'fastrecipes.cli:predict',

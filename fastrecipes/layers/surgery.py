@@ -129,10 +129,11 @@ def operate(learn: Learner, changes: dict[nn.Module, nn.Module], who: str):
     for m in model.modules():                   # torch computes these by a formula of their own where no gradient is asked for: with the old layers
         if isinstance(m, nn.TransformerEncoderLayer) and not set(m.modules()).isdisjoint(changes.values()): m.activation_relu_or_gelu = 0
     if model in changes: learn.model = changes[model]
-    if learn.opt is not None: _renew_optimizer(learn)
+    if learn.opt is not None: renew_optimizer(learn)
 
 
-def _renew_optimizer(learn: Learner):
+def renew_optimizer(learn: Learner):
+    "Make the optimizer anew over the network's parameters as they are now, with the rates, the frozen groups and what it remembers of those that stayed."
     old, hypers, frozen = learn.opt, [dict(h) for h in learn.opt.hypers], getattr(learn.opt, 'frozen_idx', 0)
     learn.create_opt()
     if learn.opt is not old:

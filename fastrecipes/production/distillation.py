@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fastrecipes.data.statistics import PixelMap, normalization_of
 from fastrecipes.errors import BadValue, NotThere
 from fastrecipes.objective import Objective, cross_entropy_of, objective
+from fastrecipes.production.matching import Match, match
 from fastrecipes.technique import TechniqueCallback, put, say, technique
 from fastrecipes.training.precision import device_of
 
@@ -59,24 +60,41 @@ class Distill(TechniqueCallback):
 
 @technique('loss', section=('Distillation', 'Regularization'), source='arXiv:1503.02531', touches=('targets',),
            example=lambda learn: dict(teacher=deepcopy(learn.model)))
-def distill(self: Learner, teacher: Learner | nn.Module | str, T: float = 4., alpha: float = .9) -> Learner:
+def distill(self: Learner, teacher: Learner | nn.Module | str, T: float = 4., alpha: float = .9, features: float | None = None, attention: float | None = None,
+            layers: dict[str, str] | None = None) -> Learner:
     """Train a network on what a teacher says of each image, beside its label.
 
     `teacher`: a Learner, a network, or the run folder or file of an exported Learner; it is copied, frozen, in evaluation mode, and
     sees the same (mixed, augmented) batch, normalised as it was trained. `T` > 0 softens both answers. `alpha` in [0, 1] is the
     weight of the teacher; the rest is the training loss as it was. A small student becomes a faster model of nearly the teacher's
-    accuracy, given epochs enough: at equal epochs the gain is near zero. Validation loss stays the data's own. Raises `ValueError`
-    outside the ranges, for a loss that is not a cross entropy, and for a teacher of other classes; `FileNotFoundError` for no such teacher."""
+    accuracy, given epochs enough: at equal epochs the gain is near zero. Validation loss stays the data's own.
+
+    `features` > 0 adds, with that weight, the squared error of the teacher's hidden maps as a 1×1 convolution, trained along and then gone, makes
+    them of the student's (FitNets, arXiv:1412.6550): try 1. `attention` > 0 adds the squared distance of where both look (arXiv:1612.03928),
+    0 to 2, without parameters: try 10. Layers are paired by themselves, the last at each size of map, or by `layers`, {'layer3': 'layer4'}: the
+    student's, the teacher's. Raises `ValueError` outside the ranges, for a loss that is not a cross entropy, for a teacher of other classes, and
+    for layers that are not there; `FileNotFoundError` for no such teacher."""
     if not T > 0: raise BadValue(f'distill: T must be > 0, got {T}')
     if not 0 <= alpha <= 1: raise BadValue(f'distill: alpha must be in [0, 1], got {alpha}')
+    for name, weight in (('features', features), ('attention', attention)):
+        if weight is not None and not 0 < weight < float('inf'): raise BadValue(f'distill: {name} must be > 0, or None for none, got {weight}')
+    if layers is not None and not (features or attention): raise BadValue('distill: layers are paired for features or attention, and both are off; give one a weight')
     if cross_entropy_of(self.loss_func) is None:
         raise BadValue(f"distill: the loss must be a cross entropy over classes, got {self.loss_func}; elsewhere train on the teacher's answers as targets")
-    objective(self)
     net = _teacher(self, teacher)
+    paired = match(self, net[1] if _renormalized(net) else net, features or 0., attention or 0., layers) if features or attention else None
+    objective(self)
     put(self, Distill(net, T, alpha))
+    self.remove_cb(Match)
+    if paired: self.add_cb(paired)
     sizes = [total_params(m)[0] for m in (net, self.model)]
-    say(self, 'distill', f'a teacher of {sizes[0]:,} parameters for a student of {sizes[1]:,}')
+    effect = f'a teacher of {sizes[0]:,} parameters for a student of {sizes[1]:,}'
+    if paired: effect += '; maps matched: ' + ', '.join(f'{b} → {a}' for a, b in paired.pairs)
+    say(self, 'distill', effect)
     return self
+
+
+def _renormalized(net) -> bool: return isinstance(net, nn.Sequential) and len(net) == 2 and isinstance(net[0], Renormalize)
 
 
 def _teacher(student: Learner, teacher) -> nn.Module:

@@ -104,18 +104,20 @@ def graph_of(learn: Learner, model: Served | None = None) -> bytes:
     """`learn` as an ONNX graph: uint8 pixels `(n, h, w, 3)` in, any n; probabilities `(n, c)` out; checked in full.
 
     Height and width are those of the Learner's data. Its labels and the reading of images are in the graph's metadata. `model`:
-    what `served(learn)` gave, if it is at hand. Raises `ValueError` where torch cannot write the model."""
+    what `served(learn)` gave, if it is at hand. Of a quantized Learner its own graph in 8 bits, between pixels and probabilities. Raises
+    `ValueError` where torch cannot write the model."""
+    if own := getattr(learn.model, 'pixels_graph', None): return own(learn)
     contract = input_contract(learn)
     w, h = contract['size']
     pixels = torch.randint(256, (2, h, w, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     try:
-        with _quiet():
+        with quiet_export():
             program = torch.onnx.export(model or served(learn), (pixels,), dynamo=True, external_data=False, verbose=False,
                                         dynamic_shapes=({0: torch.export.Dim('n')},), input_names=['pixels'], output_names=['probabilities'])
     except torch.onnx.OnnxExporterError as e:
         why = (str(e.__cause__ or e).strip() or type(e).__name__).split('\n')[0]
         raise BadValue(f'ship: torch cannot write this model as ONNX: {why}') from e
-    proto = _without_traces(program.model_proto)
+    proto = without_traces(program.model_proto)
     onnx.helper.set_model_props(proto, dict(labels=json.dumps(labels(learn)), input=json.dumps(contract)))
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
@@ -128,7 +130,7 @@ def to_onnx(learn: Learner, path) -> Path:
 
 
 @contextmanager
-def _quiet():
+def quiet_export():
     "The exporter tells of its steps, and of what it fell back on, by print, warnings and logging."
     log = logging.getLogger('torch.onnx')
     level = log.level
@@ -140,7 +142,7 @@ def _quiet():
     finally: log.setLevel(level)
 
 
-def _without_traces(proto: onnx.ModelProto) -> onnx.ModelProto:
+def without_traces(proto: onnx.ModelProto) -> onnx.ModelProto:
     "The graph without the exporter's notes: stack traces with the paths of the machine it ran on, class names, rewrites."
     graphs = [proto.graph]
     for g in graphs:

@@ -6,29 +6,42 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 from fastai.basics import Learner
+from matplotlib.figure import Figure
 
 from fastrecipes.data.loaders import labels_of
 from fastrecipes.errors import BadValue
 from fastrecipes.production.bundle import answers
 from fastrecipes.production.export import graph_of, input_contract, served
 from fastrecipes.production.predictor import Graph
+from fastrecipes.production.search import Targets
 from fastrecipes.production.timing import image_times, medians, surely
 from fastrecipes.report import intervals
 from fastrecipes.report.intervals import Difference, Estimate
+from fastrecipes.report.plots import draw_tradeoff
 from fastrecipes.report.run_folder import GRAPH, STAGES
 from fastrecipes.training.resume import remember
 
-__all__ = ['Candidate', 'Stage', 'Compressed', 'Gate']
+__all__ = ['Candidate', 'Considered', 'Stage', 'Compressed', 'Gate']
 
 LESS = .98          # of the size or the time before: what counts as smaller or faster
 
 
 @dataclass(frozen=True)
 class Candidate:
-    "What a stage offers: a graph, the Learner it was made from (None: as before), and how it is known to have taken effect."
+    "What a stage offers: a graph, how it is known to have taken effect, the Learner it was made from (None: as before), and whether it is in 8 bits."
     graph: bytes
     proof: str
     learn: Learner | None = None
+    quantized: bool = False
+
+
+@dataclass(frozen=True)
+class Considered:
+    "A network that a search has tried: its place in the table, what it is, how far it is from the targets (≤ 1: within), and whether it keeps the accuracy."
+    at: int
+    candidate: Candidate
+    excess: float
+    fine: bool
 
 
 @dataclass(frozen=True)
@@ -60,16 +73,24 @@ class Stage:
 class Compressed:
     """What `compress` accepted: `.learn`, the float student; `.onnx`, the graph, as bytes; `.stages`, the table, the original first.
 
-    `eager_ms`: one image through the original in eager torch, timed beside the graphs. Printed, it is the table."""
+    `eager_ms`: one image through the original in eager torch, timed beside the graphs. `control`: the student trained without its teacher, where
+    that was asked for, never kept. `targets`: those that were searched for; the stages after the original are then the networks that were tried, each from
+    the original. Printed, it is the table."""
     learn: Learner
     onnx: bytes
     stages: list[Stage]
     tolerance: float
     eager_ms: float
     quantized: bool = False
+    control: Stage | None = None
+    targets: Targets = Targets()
 
     @property
     def original(self) -> Stage: return self.stages[0]
+
+    def word(self, stage: Stage) -> str:
+        "What became of a stage."
+        return ('delivered' if stage.kept else 'tried') if self.targets else 'kept' if stage.kept else 'rolled back'
 
     @property
     def accepted(self) -> Stage: return [s for s in self.stages if s.kept][-1]
@@ -83,19 +104,23 @@ class Compressed:
     def save(self, run):
         "Write the graph and the table into a run folder."
         run.write_bytes(GRAPH, self.onnx)
-        run.write_json(STAGES, dict(stages=[s.record() for s in self.stages], tolerance=self.tolerance, eager_ms=self.eager_ms, quantized=self.quantized))
+        run.write_json(STAGES, dict(stages=[s.record() for s in self.stages], tolerance=self.tolerance, eager_ms=self.eager_ms, quantized=self.quantized, targets=vars(self.targets),
+                                   **({'control': self.control.record()} if self.control else {})))
 
     @classmethod
     def load(cls, learn: Learner, folder) -> 'Compressed':
         "What `save` wrote, around the Learner of that run."
         told = json.loads((folder/STAGES).read_text(encoding='utf8'))
-        return cls(learn, (folder/GRAPH).read_bytes(), [Stage.of(s) for s in told.pop('stages')], **told)
+        control = told.pop('control', None)
+        targets = Targets(**told.pop('targets', {}))
+        return cls(learn, (folder/GRAPH).read_bytes(), [Stage.of(s) for s in told.pop('stages')], control=control and Stage.of(control), targets=targets, **told)
 
     def __str__(self):
         head = ('stage', 'valid', 'test', '.onnx', 'one image', '')
         rows = [head] + [(s.name, _share(s.valid), _share(s.test), f'{s.size_bytes/1e3:,.0f} kB' if s.size_bytes else '–',
-                          f'{s.latency_ms:.2f} ms' if s.latency_ms else '–', ('kept: ' if s.kept else 'rolled back: ') + s.reason if i else s.reason)
+                          f'{s.latency_ms:.2f} ms' if s.latency_ms else '–', f'{self.word(s)}: {s.reason}' if i else s.reason)
                          for i, s in enumerate(self.stages)]
+        if c := self.control: rows.append((c.name, _share(c.valid), _share(c.test), f'{c.size_bytes/1e3:,.0f} kB', '', c.reason))
         width = [max(len(r[i]) for r in rows) for i in range(5)]
         lines = ['  '.join([*(c.ljust(w) for c, w in zip(r, width)), r[5]]).rstrip() for r in rows]
         return '\n'.join([*lines, self.verdict])
@@ -103,10 +128,25 @@ class Compressed:
     @property
     def verdict(self) -> str:
         "What came of it, in one sentence."
-        if self.accepted is self.original: return 'Nothing was kept: the network is as it was'
+        if self.accepted is self.original: return 'Nothing was kept: the network is as it was' + (f', and {self.targets} were asked for' if self.targets else '')
         g = self.gains
-        return (f'{g["smaller"]:.1f} times smaller than the original as .onnx; {g["faster_than_onnx"]:.1f} times as fast as the original in onnxruntime, '
+        return (self._aim + f'{g["smaller"]:.1f} times smaller than the original as .onnx; {g["faster_than_onnx"]:.1f} times as fast as the original in onnxruntime, '
                 f'{g["faster_than_torch"]:.1f} times as fast as in eager torch ({self.eager_ms:.2f} ms)')
+
+    @property
+    def _aim(self) -> str:
+        if not self.targets: return ''
+        return f'{self.accepted.name}: within {self.targets}. ' if self.targets.met(self.accepted.size_bytes, self.accepted.latency_ms) else \
+            f'{self.accepted.name}: the nearest to {self.targets} that loses no more than {self.tolerance:g} points. '
+
+    def plot(self) -> Figure:
+        """Accuracy against the size of the .onnx and the time of one image, every network that was tried: what is delivered is filled, and the line joins those
+        that none beats in both (the Pareto front). Returns the figure."""
+        fig = Figure(figsize=(10, 3.8), layout='constrained')
+        for ax, (cost, most) in zip(fig.subplots(1, 2), (('size_bytes', self.targets.max_mb), ('latency_ms', self.targets.max_ms))):
+            draw_tradeoff(ax, self.stages, cost, most, [f'C{i}' for i in range(10)], '.5')
+        fig.legend(handles=fig.axes[0].get_legend_handles_labels()[0], loc='outside lower center', ncols=3, fontsize='small')
+        return fig
 
     __repr__ = __str__                           # a notebook shows the table too
 
@@ -134,28 +174,70 @@ class Gate:
         self.graphs = [self.graph]
         self.predicted = self._predict(self.graph)          # the original's, by side
         self.stages = [self._stage('original', self.graph, self.predicted, True, 'the float network as it came')]
-        self.quantized = False
+        self.quantized, self.control, self.tried, self.targets = False, None, None, Targets()
 
     def attempt(self, name: str, make: Callable[[], Candidate]) -> bool:
         print(f'{name} …', flush=True)
+        self.tried = None
         try: candidate = make()
         except BadValue as e:
             self._add(Stage(name, False, str(e)), None)
             return False
-        predicted = self._predict(candidate.graph)
+        predicted = self.tried = self._predict(candidate.graph)
         change = intervals.difference(self.sides['valid'][1], predicted['valid'], self.predicted['valid'])
         ms = self._time({'before': self.graph, 'after': candidate.graph})
         kept, reason = self._judge(change, len(candidate.graph)/len(self.graph), surely(**ms))
         self._add(self._stage(name, candidate.graph, predicted, kept, reason, candidate.proof, change), candidate.graph)
-        if kept: self.graph, self.learn, self.quantized = candidate.graph, candidate.learn or self.learn, candidate.learn is None
+        if kept: self.graph, self.learn, self.quantized = candidate.graph, candidate.learn or self.learn, candidate.quantized
         return kept
+
+    def consider(self, name: str, make: Callable[[], Candidate], targets: Targets) -> 'Considered | None':
+        "Measure what `make` gives against the original and `targets`; None where it comes to nothing. What is delivered is for `choose` to say."
+        self.targets = targets
+        print(f'{name} …', flush=True)
+        try: candidate = make()
+        except BadValue as e: return self._add(Stage(name, False, str(e)), None)
+        predicted = self._predict(candidate.graph)
+        change = intervals.difference(self.sides['valid'][1], predicted['valid'], self.predicted['valid'])
+        ms = medians(self._time({'it': candidate.graph}))['it']
+        excess = targets.excess(len(candidate.graph), ms)
+        self._add(self._stage(name, candidate.graph, predicted, False, f'{change} from the original' + (f'; {excess:.2f} times what is asked for' if excess > 1 else ''),
+                              candidate.proof, change), candidate.graph)
+        return Considered(len(self.stages)-1, candidate, excess, not costs_too_much(change, self.tolerance))
+
+    def note(self, name: str, why: str):
+        "Put into the table that nothing came of it, and why."
+        self._add(Stage(name, False, why), None)
+
+    def points_lost(self, graph: bytes) -> float:
+        "Points of accuracy on the validation images that `graph` has less than the original."
+        return -100*intervals.difference(self.sides['valid'][1], self._predict(graph)['valid'], self.predicted['valid']).value
+
+    def choose(self, considered: list['Considered']):
+        "Deliver the most accurate of those that cost no more than the tolerance and meet the targets; where none does, of those that cost no more, the nearest to the targets."
+        fine = [c for c in considered if c.fine]
+        if not fine: return
+        best = max([c for c in fine if c.excess <= 1], key=lambda c: (self.stages[c.at].valid.value, -c.excess), default=min(fine, key=lambda c: c.excess))
+        self.stages[best.at] = replace(self.stages[best.at], kept=True)
+        self.graph, self.learn, self.quantized = best.candidate.graph, best.candidate.learn, best.candidate.quantized
+
+    def compare(self, name: str, make: Callable[[], Candidate]):
+        "Measure what `make` gives beside what the last stage came to, and keep it out of what is delivered."
+        if self.tried is None: return                       # the stage came to nothing
+        print(f'{name} …', flush=True)
+        candidate, tried, last = make(), self.tried, list(self.tried)[-1]
+        predicted = self._predict(candidate.graph)
+        change = intervals.difference(self.sides[last][1], tried[last], predicted[last])
+        said = f'control: the teacher gave {change} on {change.n} {"validation" if last == "valid" else last} images'
+        self.control = self._stage(name, candidate.graph, predicted, False, said, candidate.proof, change)
+        print(f'  {said}', flush=True)
 
     def compressed(self) -> Compressed:
         "What was accepted, with the latencies of all stages taken anew in one run."
         graphs = {i: g for i, g in enumerate(self.graphs) if g is not None}
         ms = medians(self._time(graphs, eager=lambda pixels: self.eager(torch.from_numpy(pixels))))
         stages = [replace(s, latency_ms=ms.get(i)) for i, s in enumerate(self.stages)]
-        return Compressed(self.learn, self.graph, stages, self.tolerance, ms['eager'], self.quantized)
+        return Compressed(self.learn, self.graph, stages, self.tolerance, ms['eager'], self.quantized, self.control, self.targets)
 
     def _judge(self, change: Difference, size: float, time: float) -> tuple[bool, str]:
         if costs_too_much(change, self.tolerance):
@@ -167,7 +249,7 @@ class Gate:
     def _add(self, stage: Stage, graph):
         self.stages.append(stage)
         self.graphs.append(graph)
-        print(f'  {"kept" if stage.kept else "rolled back"}: {stage.reason}', flush=True)
+        print(f'  {"tried" if self.targets else "kept" if stage.kept else "rolled back"}: {stage.reason}', flush=True)
 
     def _stage(self, name, graph, predicted, kept, reason, proof='', change=None) -> Stage:
         scores = {side: intervals.accuracy(self.sides[side][1], p) for side, p in predicted.items()}

@@ -29,22 +29,25 @@ class Prune(TechniqueCallback):
     The masks lie here and not in the model: its parameters and checkpoints keep their names and sizes."""
     order, run_valid = MixedPrecision.order+.5, False      # once gradients are unscaled, before they are clipped
 
-    def __init__(self, masks): self.masks = masks           # [(module, parameter's name, mask)]
+    def __init__(self, masks):                              # [(module, parameter's name, mask)]
+        self.masks, self.kept = [(m, name) for m, name, _ in masks], [mask for *_, mask in masks]       # tensors alone: they go with checkpoints, and come back
+
+    def items(self) -> list[tuple[nn.Module, str, torch.Tensor]]: return [(m, name, mask) for (m, name), mask in zip(self.masks, self.kept, strict=True)]
 
     def before_fit(self): self.apply()
     def after_step(self): self.apply()
 
     def before_step(self):
-        for m, name, mask in self.masks:
+        for m, name, mask in self.items():
             if (grad := getattr(m, name).grad) is not None: grad.mul_(mask.to(grad))
 
     def apply(self):
         "Set what is masked to 0."
         with torch.no_grad():
-            for m, name, mask in self.masks: (w := getattr(m, name)).mul_(mask.to(w))
+            for m, name, mask in self.items(): (w := getattr(m, name)).mul_(mask.to(w))
 
     @property
-    def share(self) -> float: return 1 - sum(float(mask.sum()) for *_, mask in self.masks)/sum(mask.numel() for *_, mask in self.masks)
+    def share(self) -> float: return 1 - sum(float(mask.sum()) for mask in self.kept)/sum(mask.numel() for mask in self.kept)
 
 
 @technique('model', section=('Pruning', 'Regularization'), source='arXiv:1506.02626', touches=('weights', 'inference'))
@@ -99,7 +102,7 @@ def _masks(weights, method) -> list[tuple[nn.Module, str, torch.Tensor]]:
 def _hold(learn: Learner, masks):
     "Put the callback on `learn`, with the masks it held for other layers."
     old = next((cb for cb in learn.cbs if type(cb) is Prune), None)
-    kept = [o for o in old.masks if not any(o[0] is m and o[1] == n for m, n, _ in masks)] if old else []
+    kept = [o for o in old.items() if not any(o[0] is m and o[1] == n for m, n, _ in masks)] if old else []
     if old: learn.remove_cb(old)
     learn.add_cb(cb := Prune(kept + masks))
     cb.apply()

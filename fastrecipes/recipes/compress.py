@@ -1,56 +1,57 @@
 "From a trained classifier to a small, fast one: distil, prune, quantize, each kept only if it proves itself."
 from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from fastai.basics import Learner, nn
-from fastai.callback.hook import total_params
+from fastai.basics import Learner
 
 from fastrecipes.arguments import check_types
-from fastrecipes.data.keyed import keyed
-from fastrecipes.data.statistics import PixelMap, normalization_of, normalized_by
-from fastrecipes.errors import BadValue
-from fastrecipes.production.export import graph_of
-from fastrecipes.production.gate import Candidate, Compressed, Gate
-from fastrecipes.production.predictor import batched, pixels_of
-from fastrecipes.production.quantization import quantize_static, quantized_share
-from fastrecipes.production.slimming import slimmed
-from fastrecipes.randomness import stream
-from fastrecipes.recipes.classify import check_fit, train
+from fastrecipes.errors import BadValue, nearest
+from fastrecipes.production.gate import Compressed, Gate
+from fastrecipes.production.quantized import Quantized
+from fastrecipes.production.search import Budget, Targets
+from fastrecipes.recipes.classify import check_fit
+from fastrecipes.recipes.compressing import Work, distilled, in_8_bits, pruned, search
 from fastrecipes.recipes.ship import ship
 from fastrecipes.report.evidence import Row, gather, keep_run, score
-from fastrecipes.report.history import history, lines_unless_terminal
 from fastrecipes.report.run_folder import STAGES, RunFolder, load_run
-from fastrecipes.technique import TECHNIQUES, applied
 from fastrecipes.training.distributed import one_process
 from fastrecipes.training.reproducibility import seed_everything
-from fastrecipes.training.transfer import Backbone, backbone, classifier
+from fastrecipes.training.transfer import backbone
 
 __all__ = ['compress', 'check_compression', 'Quantize']
 
-Quantize = Literal['static']
-CALIBRATION = 128       # training images that the ranges of activations are measured on
+Quantize = Literal['static', 'qat', 'dynamic']
 
 
-def compress(learn: Learner | str, student: str | None = None, *, prune: float | bool | None = .5, quantize: Quantize | bool | None = 'static',
-             tolerance: float = .5, epochs: int = 5, lr: float | str = 'find', T: float = 4., alpha: float = .9, pretrained: bool = True,
-             seed: int = 42, out: str | None = None, overwrite: bool = False) -> Compressed:
+def compress(learn: Learner | str, student: str | None = None, *, max_mb: float | None = None, max_ms: float | None = None, prune: float | bool | None = True,
+             quantize: Quantize | bool | None = 'static', tolerance: float = .5, minutes: float = 30., epochs: int = 5, lr: float | str = 'find',
+             T: float = 4., alpha: float = .9, control: bool = False, pretrained: bool = True, seed: int = 42, out: str | None = None, overwrite: bool = False) -> Compressed:
     """Make a trained classifier small and fast, step by step, and keep each step only if it costs little and gains something.
 
     Distil it to a smaller network, remove whole channels and fine-tune, then compute in 8 bits. After each stage: accuracy on the
     validation images, paired with the original's, the size of the .onnx, the time for one image. A stage that loses more than `tolerance`
     points, or is neither smaller nor faster, is rolled back, and the table says why. Accuracy on the test images is reported, never chosen by.
 
+    With `max_mb` or `max_ms` it searches instead: for the network, and for the student, the least share of channels that must go, then with what training,
+    and in 8 bits by which means, it keeps its accuracy; the most accurate that is within both and within `tolerance` is delivered.
+
     Args:
         learn: a fitted Learner on data of `image_folder`, or the run folder that it was left in
         student: a smaller network to distil to, any of timm or torchvision (default: none, the network stays)
-        prune: share of the channels of each layer to remove, between 0 and 1; false: none
-        quantize: static (weights and activations in 8 bits); false: not
+        max_mb: megabytes (10⁶ bytes) that the .onnx may have
+        max_ms: milliseconds that one image may take in onnxruntime, on one thread of this machine
+        prune: share of the channels of each layer to remove, between 0 and 1; true: half of them, or what the search finds; false: none
+        quantize: static (weights and activations in 8 bits), qat (trained for it) or dynamic (linear layers alone); false: not
         tolerance: points of accuracy that it may cost, 0 to 100
+        minutes: that a search may begin something new in, above 0
         epochs: passes over the training data for the student, and again to fine-tune what was pruned
         lr: the highest learning rate, or 'find'
         T: temperature of the teacher's answers, above 0
         alpha: weight of the teacher beside the labels, 0 to 1
+        control: train the student on the labels alone as well, as long, to tell what the teacher gave; it is never kept
         pretrained: start the student from trained weights
         seed: of every draw
         out: the run folder; a run that was cut off there goes on
@@ -59,24 +60,31 @@ def compress(learn: Learner | str, student: str | None = None, *, prune: float |
     asked = dict(locals())
     check_types(compress, asked)
     one_process('compress')
-    prune, quantize = check_compression(prune, quantize, tolerance)
+    targets, budget = Targets(max_mb, max_ms), Budget(minutes)
+    prune, quantize = check_compression(prune, quantize, tolerance, targets)
     if not (student or prune or quantize): raise BadValue('compress: student, prune and quantize are all off: nothing to do')
     if student or prune: check_fit(epochs, lr)
+    if control and not student: raise BadValue('compress: control trains the student without its teacher, and no student is named')
+    if control and targets: raise BadValue('compress: control is for a student by itself, not for a search; leave out max_mb and max_ms')
     seed_everything(seed)
     net = backbone(student, pretrained, 'student') if student else None
+    same = deepcopy(net) if control else None
     learn = _to_compress(learn, out)
 
     with RunFolder.open('compress', asked, out, overwrite, defaults=compress).under_way() if out else nullcontext() as run:
         if run: run.note_data(learn.dls)
-        gate, how = Gate(learn, tolerance), dict(teacher=learn, T=T, alpha=alpha)
-        if student: gate.attempt(f'distil to {student}', lambda: _distilled(learn, net, epochs, lr, seed, how))
-        if prune: gate.attempt(f'prune {prune:.0%}', lambda: _pruned(gate.learn, prune, epochs, lr, seed, how))
-        if quantize: gate.attempt(f'quantize ({quantize})', lambda: _quantized(gate, seed))
+        gate, work = Gate(learn, tolerance), Work(learn, net, epochs, lr, seed, dict(teacher=learn, T=T, alpha=alpha))
+        if targets: search(gate, work, targets, budget, prune, quantize)
+        else:
+            if student: gate.attempt(f'distil to {student}', lambda: distilled(work))
+            if control: gate.compare(f'{student} alone', lambda: distilled(replace(work, net=same), teach=False))
+            if prune: gate.attempt(f'prune {prune:.0%}', lambda: pruned(work, gate.learn, prune))
+            if quantize: gate.attempt(f'quantize ({quantize})', lambda: in_8_bits(gate, work, gate.learn, gate.graph, quantize))
         small = gate.compressed()
 
         if run:
             bundle = ship(small, run.path/'bundle', overwrite=True)
-            rows = [Row(s.name, s.test or s.valid, s.balanced) for s in dict.fromkeys((small.original, small.accepted))]
+            rows = [Row(s.name, s.test or s.valid, s.balanced) for s in dict.fromkeys((small.original, small.accepted, *([small.control] if control and small.control else [])))]
             keep_run(run, small.learn, gather(small.learn, run, scored := score(small.learn), f'{Path(str(asked["learn"])).name}, compressed', table=rows,
                                               side=scored.side, bundle=bundle, compression=small))
     return small
@@ -84,6 +92,7 @@ def compress(learn: Learner | str, student: str | None = None, *, prune: float |
 
 def _to_compress(learn, out) -> Learner:
     "The Learner to start from."
+    if isinstance(learn, Learner) and isinstance(learn.model, Quantized): raise BadValue('learn: its network is in 8 bits already; give the float Learner that it was made from')
     if isinstance(learn, Learner): return learn
     if not isinstance(learn, (str, Path)): raise BadValue(f'learn: a fitted Learner or a run folder, got {type(learn).__name__}; what compress gave holds its Learner in .learn')
     if out and Path(out).resolve() == Path(learn).resolve(): raise BadValue(f'out: {out} is the run to compress; name another folder')
@@ -91,51 +100,12 @@ def _to_compress(learn, out) -> Learner:
     return load_run(learn)
 
 
-def check_compression(prune, quantize, tolerance) -> tuple[float | None, str | None]:
+def check_compression(prune, quantize, tolerance, targets=Targets()) -> tuple[float | None, str | None]:
     "`prune` and `quantize`, None where they are off. Raises for what can be told wrong before any work."
+    if targets and prune not in (True, False, None): raise BadValue(f'prune: {targets} are searched for, and the share of channels with them: true or false, got {prune}')
     prune, quantize = {True: .5, False: None}.get(prune, prune), {True: 'static', False: None}.get(quantize, quantize)
     if prune is not None and not 0 < prune < 1: raise BadValue(f'prune: a share of the channels between 0 and 1, or false, got {prune}')
-    if quantize not in (None, 'static'): raise BadValue(f"quantize: 'static' or false, got {quantize!r}")
+    kinds = get_args(Quantize)
+    if quantize not in (None, *kinds): raise BadValue(f'quantize: one of {", ".join(kinds)}, or false, got {quantize!r}{nearest(quantize, kinds)}')
     if not 0 <= tolerance <= 100: raise BadValue(f'tolerance: 0 to 100 points of accuracy, got {tolerance}')
     return prune, quantize
-
-
-def _distilled(teacher: Learner, net: Backbone, epochs, lr, seed, how) -> Candidate:
-    "The student, trained on the teacher's images, normalised as its own weights want them."
-    theirs = normalization_of(teacher)
-    same = net.statistics is None or theirs is not None and theirs.same_as(PixelMap.standard(*net.statistics))
-    student = classifier(teacher.dls if same else normalized_by(teacher.dls, None), net, metrics=teacher.metrics)
-    if total_params(student.model)[0] >= total_params(teacher.model)[0]:
-        print(f'  {net.arch} is no smaller than what it is to replace: {_size(teacher.model)} → {_size(student.model)} parameters')
-    _teach(student, teacher, seed, how, net.arch)
-    train(student, epochs, lr, pretrained=net.statistics is not None, title='distillation')
-    return Candidate(graph_of(student), f'{_size(teacher.model)} → {_size(student.model)} parameters', student)
-
-
-def _pruned(learn: Learner, ratio: float, epochs, lr, seed, how) -> Candidate:
-    "The network without its least important channels, fine-tuned."
-    thin = slimmed(learn.model, ratio, *learn.dls.one_batch()[:1])
-    student = Learner(learn.dls, thin, learn.loss_func, metrics=learn.metrics)
-    history(student).fits = list(history(learn).fits)
-    _teach(student, how['teacher'], seed, how, 'pruned')
-    train(student, epochs, lr, title='fine-tuning')
-    return Candidate(graph_of(student), f'{_size(learn.model)} → {_size(student.model)} parameters', student)
-
-
-def _quantized(gate: Gate, seed) -> Candidate:
-    "The accepted graph in 8 bits, its ranges measured on training images."
-    items = list(gate.learn.dls.train.items)
-    some = [items[i] for i in sorted(stream(seed, 'calibration').permutation(len(items))[:CALIBRATION])]
-    graph = quantize_static(gate.graph, batched(some, lambda x: pixels_of(x, gate.contract)))
-    return Candidate(graph, f'{quantized_share(graph):.1%} of the weights in 8 bits')
-
-
-def _teach(student: Learner, teacher: Learner, seed, how, title: str):
-    "Give the student the teacher's training: its techniques (those of the data lie in its loaders), its seed, and its answers."
-    lines_unless_terminal(student, title)
-    keyed(student, seed)
-    inherited = {n: a.arguments for n, a in applied(teacher).items() if TECHNIQUES[n].stage in ('loss', 'optim', 'train')}
-    student.use(**{**inherited, 'distill': how})
-
-
-def _size(model: nn.Module) -> str: return f'{total_params(model)[0]:,}'

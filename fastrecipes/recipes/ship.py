@@ -5,7 +5,9 @@ from fastai.basics import Learner
 
 from fastrecipes.errors import BadValue
 from fastrecipes.production.bundle import Bundle, write_bundle
+from fastrecipes.production.export import graph_of
 from fastrecipes.production.gate import Compressed, costs_too_much
+from fastrecipes.production.quantized import Quantized
 from fastrecipes.report.run_folder import STAGES, load_run
 
 __all__ = ['ship']
@@ -15,7 +17,7 @@ def ship(learn, out: str = 'bundle', *, overwrite: bool = False) -> Bundle:
     """Ship a trained classifier: a bundle that runs without torch, written once it answers as the Learner does on every validation image.
 
     A bundle holds model.onnx (pixels in, probabilities out), bundle.json (labels, input, metrics, checksums, provenance) and
-    requirements.txt. What `compress` quantized must answer exactly as the graph that it accepted. Raises `ValueError`, and leaves nothing
+    requirements.txt. What is quantized must answer exactly as the graph that was accepted. Raises `ValueError`, and leaves nothing
     behind, where one answer differs: another best label, or a probability off by more than 1e-4; where a compressed graph is further from
     the original than its `tolerance`; where `out` is there already; and where the images do not come from `image_folder`.
 
@@ -28,7 +30,8 @@ def ship(learn, out: str = 'bundle', *, overwrite: bool = False) -> Bundle:
         folder = Path(learn)
         learn = load_run(folder)
         if (folder/STAGES).is_file(): learn = Compressed.load(learn, folder)
-    if isinstance(learn, Learner): return write_bundle(learn, out, overwrite=overwrite)
+    if isinstance(learn, Learner):      # of one in 8 bits the graph is what is shipped: the last bit of a pixel in float may round to another step than in torch
+        return write_bundle(learn, out, overwrite=overwrite, accepted=graph_of(learn) if isinstance(learn.model, Quantized) else None)
     if not isinstance(learn, Compressed): raise BadValue(f'learn: a fitted Learner, what compress gave or a run folder, got {type(learn).__name__}')
 
     if costs_too_much(learn.accepted.change, learn.tolerance):

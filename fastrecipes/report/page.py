@@ -144,8 +144,10 @@ def _figures(record: Report) -> dict[str, tuple[Markup, str]]:
         add('confusion', plots.confusion(matrix, labels), f'Confusion matrix of {len(labels)} classes; {right} of {n} on the diagonal')
     if record.compression:
         stages = [s for s in field_of(record.compression, 'stages') if field_of(s, 'size_bytes')]
-        for name, words in (('size_bytes', 'size of the .onnx'), ('latency_ms', 'time for one image')):
-            add(name, plots.tradeoff(stages, name), f'Accuracy against {words} by stage: ' + '; '.join(f'{field_of(s, "name")}: {field_of(s, name):.4g}' for s in stages))
+        targets = field_of(record.compression, 'targets')
+        for name, most, words in (('size_bytes', 'max_mb', 'size of the .onnx'), ('latency_ms', 'max_ms', 'time for one image')):
+            add(name, plots.tradeoff(stages, name, targets and field_of(targets, most)),
+                f'Accuracy against {words} by stage: ' + '; '.join(f'{field_of(s, "name")}: {field_of(s, name):.4g}' for s in stages))
     return figures
 
 

@@ -121,25 +121,33 @@ def intervals(rows) -> str:
     return _svg(draw, (5.3, .6+.5*len(rows)))
 
 
-def tradeoff(stages, cost: str) -> str:
-    "Accuracy of each stage, with its interval, against what it costs: 'size_bytes' or 'latency_ms'; a hollow mark was rolled back."
-    unit, label = {'size_bytes': (1e6, 'size of the .onnx, MB'), 'latency_ms': (1, 'one image on one thread, ms')}[cost]
+COSTS = dict(size_bytes=(1e6, 'size of the .onnx, MB'), latency_ms=(1, 'one image on one thread, ms'))
 
+
+def tradeoff(stages, cost: str, most: float | None = None) -> str:
+    "Accuracy of each stage, with its interval, against what it costs: 'size_bytes' or 'latency_ms'; a hollow mark was not kept. `most`: what it may cost, in MB or ms."
     def draw(ax):
-        path = []
-        for i, s in enumerate(stages):
-            e, x = field_of(s, 'test') or field_of(s, 'valid'), field_of(s, cost)/unit
-            colour, kept = SERIES[i % len(SERIES)], field_of(s, 'kept')
-            if kept: path.append((x, 100*e.value))
-            ax.errorbar([x], [100*e.value], [[100*(e.value-e.lo)], [100*(e.hi-e.value)]], color=colour, fmt='o', ms=8, lw=1.2, zorder=3,
-                        mfc=colour if kept else 'none', label=_short(field_of(s, 'name')) + ('' if kept else ' (rolled back)'))
-        ax.plot(*zip(*path), color=SOFT, lw=1, ls=':', zorder=2)
-        ax.set(xscale='log', xlabel=label, ylabel='accuracy, %')
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
+        draw_tradeoff(ax, stages, cost, most)
         _legend(ax, 36)
     return _svg(draw)
+
+
+def draw_tradeoff(ax, stages, cost: str, most: float | None = None, colours=SERIES, soft=SOFT):
+    "`tradeoff` on axes of yours, in colours of yours; the line joins what no other stage beats in both accuracy and cost."
+    (unit, label), points = COSTS[cost], []
+    for i, s in enumerate(s for s in stages if field_of(s, cost)):
+        e, x = field_of(s, 'test') or field_of(s, 'valid'), field_of(s, cost)/unit
+        colour, kept = colours[i % len(colours)], field_of(s, 'kept')
+        points.append((x, 100*e.value))
+        ax.errorbar([x], [100*e.value], [[100*(e.value-e.lo)], [100*(e.hi-e.value)]], color=colour, fmt='o', ms=8, lw=1.2, zorder=3,
+                    mfc=colour if kept else 'none', label=_short(field_of(s, 'name')) + ('' if kept else ' (not kept)'))
+    front = [p for p in sorted(points) if not any(x <= p[0] and y >= p[1] and (x, y) != p for x, y in points)]
+    ax.plot(*zip(*front), color=soft, lw=1, ls=':', zorder=2)
+    if most is not None: ax.axvline(most, color=soft, lw=1, ls='--')
+    ax.set(xscale='log', xlabel=label, ylabel='accuracy, %')
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
 
 
 def _curves(fits, wanted, ylabel):

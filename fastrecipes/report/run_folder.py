@@ -26,7 +26,7 @@ RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, CHECKPOINT, LOCK = ('recipe.yaml', '
 OURS = (RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, 'history.csv', 'predictions.csv', 'report.html', f'{CHECKPOINT}/*.pt', f'{CHECKPOINT}/fold-*/*.pt',    # all that
         'bundle/model.onnx', 'bundle/bundle.json', 'bundle/requirements.txt', 'bundle/serve.pyz', 'bundle/Dockerfile')           # overwrite removes
 PACKAGES = ('torch', 'torchvision', 'fastai', 'timm', 'onnxruntime', 'onnx', 'numpy', 'pillow')
-POSITIONAL = ('path', 'learn', 'run', 'bundle')
+POSITIONAL = ('path', 'unlabelled', 'learn', 'run', 'bundle')
 
 
 class RunFolder:

@@ -1,4 +1,6 @@
 "Eight bits: what is stored, how far the answers move, and that pruned weights stay 0."
+import re
+
 import numpy as np
 import onnx
 import pytest
@@ -9,7 +11,8 @@ from onnx import numpy_helper
 from fastrecipes.data.folders import image_folder
 from fastrecipes.production.export import graph_of, input_contract
 from fastrecipes.production.predictor import Graph, batched, pixels_of
-from fastrecipes.production.quantization import quantize_static, quantized_share
+from fastrecipes.production.quantization import calibration_batches, linear_share, quantize_dynamic, quantize_static, quantize_within, quantized_share, node_sensitivity
+from fastrecipes.production.quantized import Quantized, network_graph
 from fastrecipes.technique import discover
 
 discover()
@@ -111,3 +114,158 @@ def test_a_graph_without_layers_is_refused(make_learn):
 def test_a_thread_more_or_less_changes_nothing(graph):
     q = quantize_static(graph, [pixels()])
     assert np.array_equal(Graph(q, 1)(pixels(8)), Graph(q, 2)(pixels(8))) and torch.get_num_threads() > 0
+
+
+class Outlier(nn.Module):
+    "A channel a thousand times as large as the others, which the next layer divides again: one scale for all of them leaves the others nothing. Then layers that 8 bits suit."
+    def __init__(self, c=3):
+        super().__init__()
+        self.first, self.second, self.third, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Linear(32, c)
+        with torch.no_grad():
+            self.first.weight[0] *= 1000
+            self.second.weight[:, 0] /= 1000
+    def forward(self, x):
+        x = self.third(self.second(self.first(x)).relu()).relu()
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+@pytest.fixture
+def outlier(mixed_photos):
+    "A Learner on it whose labels are its own answers: whatever rounding changes is lost."
+    from .conftest import fitted
+    torch.manual_seed(0)
+    learn = fitted(mixed_photos, model=Outlier(), epochs=0)
+    learn.remove_cb(learn.progress)
+    return learn
+
+
+def test_the_layers_that_an_outlier_harms_are_the_worst(outlier):
+    graph, batches = network_graph(outlier), calibration_batches(outlier, 21)
+    ranked = node_sensitivity(graph, batches)
+    nodes = {n.name: n.input for n in onnx.load_from_string(graph).graph.node}
+    weights = [next((i for i in nodes[name] if i.endswith('weight')), name) for _, name in ranked]
+    assert {*weights[:2]} == {'first.weight', 'second.weight'} and ranked[1][0] < 25 < 30 < ranked[2][0]
+    net, x = Quantized(quantize_static(graph, batches, exclude=[n for _, n in ranked if 'third.weight' not in nodes[n]])), torch.from_numpy(np.concatenate([b[0] for b in batches]))
+    expected = Quantized(graph)(x)
+    assert dict((w, s) for w, (s, _) in zip(weights, ranked))['third.weight'] == pytest.approx(float(10*(expected.square().sum()/(net(x)-expected).square().sum()).log10()), abs=.1)
+
+
+def test_the_worst_layers_stay_in_float_until_it_is_within_tolerance(outlier):
+    graph, batches = network_graph(outlier), calibration_batches(outlier, 21)
+    x = torch.from_numpy(np.concatenate([b[0] for b in batches]))
+    expected, asked = Quantized(graph)(x), []
+
+    def lost(g):
+        asked.append(g)
+        return 100*float((Quantized(g)(x)-expected).norm()/expected.norm())
+    everything = lost(quantize_static(graph, batches))
+    made, left = quantize_within(graph, batches, lost, 4.)
+    assert everything > 4 >= lost(made) and len(left) == 2 and 0 < quantized_share(made) < 1 and len(asked) <= 7
+    kept = {t.name for t in onnx.load_from_string(made).graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1}
+    assert kept == {'first.weight', 'second.weight'}
+    same, none = quantize_within(graph, batches, lost, everything)
+    assert none == [] and same == quantize_static(graph, batches)
+
+
+def test_where_only_float_is_good_enough_it_is_refused(outlier):
+    graph, batches = network_graph(outlier), calibration_batches(outlier, 21)
+    with pytest.raises(ValueError, match=r"in 8 bits it loses 9 points, and not only by a few layers, where at most 1 may be lost \(tolerance\).*quantize\('qat'\)"):
+        quantize_within(graph, batches, lambda g: 9., 1.)
+
+
+def test_the_method_says_which_layers_stay_in_float(outlier, capsys):
+    with torch.no_grad(): y = outlier.model(torch.cat([b[0] for b in outlier.dls.valid]))
+    outlier.loss_func, outlier.metrics = (lambda p, t: (p-y[:len(p)]).square().mean() + y.var()*.001), []    # no accuracy: rounding is all the loss there is
+    q = outlier.quantize(tolerance=100)
+    assert q.model.told.in_float == ('first', 'second') or {*q.model.told.in_float} == {'first', 'second'}
+    assert 'in 32 bits stayed' in (said := capsys.readouterr().out) and 'measuring which of' in said
+
+
+def test_calibration_is_on_training_images_as_validation_shows_them(make_learn):
+    learn = make_learn(epochs=0)
+    batches = calibration_batches(learn, 10, seed=1)
+    train, valid = (torch.cat([b[0] for b in learn.dls.test_dl(list(dl.items))]).numpy() for dl in learn.dls.loaders[:2])
+    got = np.concatenate([b[0] for b in batches])
+    at = lambda one, many: np.flatnonzero((np.abs(many-one) < 1e-6).all((1, 2, 3)))
+    assert len(got) == 10 and all(len(at(x, train)) == 1 and not len(at(x, valid)) for x in got)
+    assert not np.array_equal(got, np.concatenate([b[0] for b in calibration_batches(learn, 10, seed=2)]))
+    assert sum(len(b[0]) for b in calibration_batches(learn, 1000)) == len(learn.dls.train.dataset)
+
+
+def mlp(toy, d=16): return toy(n=128, d=d, model=nn.Sequential(nn.Linear(d, 64), nn.ReLU(), nn.Linear(64, 3)))
+
+
+def test_dynamic_puts_linear_layers_in_8_bits_with_a_range_of_each_batch(toy):
+    "By hand: uint8 inputs in the range of the batch, int8 weights in steps of the largest of each output over 127."
+    learn = toy(d=6)
+    q = quantize_dynamic(network_graph(learn))
+    kinds = {n.op_type for n in onnx.load_from_string(q).graph.node}
+    assert {'DynamicQuantizeLinear', 'MatMulInteger'} <= kinds and not {'MatMul', 'Gemm'} & kinds and quantized_share(q) == 1
+    w, b = (p.detach().numpy() for p in learn.model.parameters())
+    for n in (1, 50):
+        x = n*np.random.default_rng(n).normal(size=(n, 6)).astype(np.float32)
+        step = (max(0, x.max())-min(0, x.min()))/255
+        z, s_w = np.rint(-min(0, x.min())/step), np.abs(w).max(1)/127
+        rounded = np.clip(np.rint(x/step)+z, 0, 255)-z
+        assert np.allclose(Quantized(q)(torch.from_numpy(x)).numpy(), rounded @ np.rint(w/s_w[:, None]).T*step*s_w + b, atol=1e-3*n)
+
+
+def test_the_method_makes_a_learner_of_linear_layers_dynamic(toy):
+    learn = mlp(toy)
+    learn.fit(2)
+    q = learn.quantize('dynamic')
+    assert q.model.told.share == 1 and q.model.told.kind == 'dynamic' and q.model.told.size_bytes[1] < q.model.told.size_bytes[0]
+    p, r = learn.get_preds()[0], q.get_preds()[0]
+    assert (p-r).abs().max() < .05 and q.validate()[1] == pytest.approx(q.model.told.accuracy[1].value)
+
+
+def test_dynamic_is_refused_where_it_reaches_little_unless_forced(make_learn):
+    learn = make_learn(epochs=0)
+    learn.remove_cb(learn.progress)
+    share = linear_share(network_graph(learn))
+    assert share == pytest.approx(32*3/(32*3 + 8*3*9))
+    with pytest.raises(ValueError, match=re.escape("'dynamic' reaches linear layers, and they hold 30.8% of this network's weights") + ".*call quantize.'static'.*force=True"):
+        learn.quantize('dynamic')
+    assert learn.quantize('dynamic', force=True).model.told.share == pytest.approx(share)
+
+
+def test_dynamic_without_a_linear_layer_is_refused_even_where_forced(make_learn):
+    learn = make_learn(model=nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), epochs=0)
+    with pytest.raises(ValueError, match='no layer that can be quantized'): learn.quantize('dynamic', force=True)
+
+
+@pytest.mark.parametrize('kind, kwargs, said', [
+    ('statik', {}, "kind must be one of static, dynamic, qat, got 'statik'; did you mean 'static'"), ('static', dict(tolerance=-1), 'tolerance must be 0 to 100 points, got -1'),
+    ('static', dict(calibration=0), 'calibration must be at least 1 sample, got 0'), ('qat', dict(epochs=0), 'epochs must be at least 1, got 0'),
+    ('qat', dict(lr=0.), 'lr must be above 0, got 0.0'), ('qat', dict(schedule='flatcos'), "schedule must be one of constant.*got 'flatcos'; did you mean 'flat_cos'"),
+    ('static', dict(epochs=3), "epochs=3 is for 'qat', and says nothing to 'static'"), ('dynamic', dict(calibration=9), "calibration=9 is for 'static' and 'qat'"),
+    ('qat', dict(tolerance=1.), "tolerance=1.0 is for 'static'"), ('static', dict(force=True), "force=True is for 'dynamic'")])
+def test_what_is_wrong_is_said_before_any_work(toy, kind, kwargs, said):
+    learn = toy()
+    learn.dls = None                            # nothing may be asked of it
+    with pytest.raises(ValueError, match=f'^quantize: .*{said}'): learn.quantize(kind, **kwargs)
+
+
+def test_without_validation_samples_it_is_refused(make_learn):
+    from fastrecipes.production.export import export_learner
+    from fastai.basics import load_learner
+    learn = make_learn(epochs=0)
+    loaded = load_learner(export_learner(learn, learn.path/'empty.pkl'))
+    (learn.path/'empty.pkl').unlink()
+    with pytest.raises(ValueError, match='^quantize: there is no training sample to show the network; give the Learner its data back'): loaded.quantize()
+
+
+def test_a_table_is_quantized_and_its_row_predicted():
+    import pandas as pd
+    from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame(dict(kind=rng.choice(list('abc'), 120), x=rng.normal(size=120), z=rng.normal(size=120)))
+    rows['y'] = np.where(rows.x+rows.z > 0, 'p', 'n')
+    dls = TabularDataLoaders.from_df(rows, procs=[Categorify, Normalize], cat_names=['kind'], cont_names=['x', 'z'], y_names='y', valid_idx=list(range(90, 120)), bs=16)
+    learn = tabular_learner(dls, layers=[32])
+    learn.remove_cb(learn.progress)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    q = learn.quantize('dynamic')
+    p, y = learn.get_preds()
+    assert q.model.told.accuracy[0].value == pytest.approx(float((p.argmax(1) == y.flatten()).float().mean())) and q.model.told.share > .9
+    assert torch.allclose(q.predict(rows.iloc[3])[2], learn.predict(rows.iloc[3])[2], atol=.05)

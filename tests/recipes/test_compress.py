@@ -101,10 +101,12 @@ def test_the_techniques_of_the_original_train_the_student_too(run):
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    (dict(prune=1.5), 'prune: a share of the channels between 0 and 1, or false, got 1.5'), (dict(quantize='int4'), "quantize: 'static' or false, got 'int4'"),
+    (dict(prune=1.5), 'prune: a share of the channels between 0 and 1, or false, got 1.5'), (dict(quantize='int4'), "quantize: one of static, qat, dynamic, or false, got 'int4'"),
     (dict(tolerance=-1), 'tolerance: 0 to 100 points of accuracy, got -1'), (dict(student='resent18'), 'did you mean'),
     (dict(student='resnet18', epochs=0), 'epochs: at least 1'), (dict(epochs='two'), "epochs must be a whole number, got 'two'"),
-    (dict(student='resent18'), '^student: neither timm nor'), (dict(prune=False, quantize=False), 'compress: student, prune and quantize are all off')])
+    (dict(student='resent18'), '^student: neither timm nor'), (dict(prune=False, quantize=False), 'compress: student, prune and quantize are all off'),
+    (dict(max_mb=0), 'max_mb: above 0, or none at all, got 0'), (dict(max_ms=1, minutes=0), 'minutes: above 0, got 0'), (dict(max_mb=1, prune=.4), 'prune: 1 MB are searched for'),
+    (dict(max_mb=1, student='resnet10t', control=True), 'control is for a student by itself')])
 def test_bad_arguments_are_refused_before_anything_is_read(kwargs, message):
     with pytest.raises((ValueError, TypeError), match=message): compress('nowhere', **kwargs)
 
@@ -128,3 +130,26 @@ def test_the_command_line_takes_it(run, tmp_path, capsys):
     assert 'quantize (static)' in out and 'times smaller' in out
     assert main(['compress', str(run), '--quantize', 'int4']) == 2 and 'static' in capsys.readouterr().err
     assert main(['compress', 'nowhere']) == 2 and 'run: nowhere does not exist' in capsys.readouterr().err
+
+
+def test_the_control_is_the_same_student_trained_as_long_without_a_teacher(run, tmp_path, monkeypatch):
+    from fastrecipes.production.gate import Compressed
+    from fastrecipes.recipes import compressing as module
+    from fastrecipes.report.intervals import accuracy
+    fits, train = [], module.train
+    def watch(learn, epochs, *args, **kwargs):
+        start = [p.detach().clone() for p in learn.model[0].parameters()]
+        train(learn, epochs, *args, **kwargs)
+        fits.append((learn, epochs, start))
+    monkeypatch.setattr(module, 'train', watch)
+    small = compress(str(run), 'resnet10t', prune=False, quantize=False, control=True, tolerance=100., epochs=1, lr=3e-3, pretrained=False, out=str(tmp_path/'small'))
+    (student, n, a), (alone, m, b) = fits
+    assert n == m and all(map(torch.equal, a, b)) and 'distill' in student.techniques and 'distill' not in alone.techniques
+    assert student.techniques.keys() - {'distill'} == alone.techniques.keys()
+    p, y = alone.get_preds(ds_idx=2)
+    q, _ = student.get_preds(ds_idx=2)
+    assert small.control.test.value == accuracy(y.numpy(), p.argmax(1).numpy()).value
+    assert small.control.change.value == pytest.approx(float((q.argmax(1) == y).float().mean() - (p.argmax(1) == y).float().mean()), abs=1e-6)
+    assert small.accepted.name == 'distil to resnet10t' and small.learn is student and 'control: the teacher gave' in str(small)
+    assert Compressed.load(small.learn, tmp_path/'small').control == small.control and 'resnet10t alone' in (tmp_path/'small'/'report.html').read_text()
+    with pytest.raises(ValueError, match='compress: control trains the student without its teacher, and no student is named'): compress(str(run), control=True)
