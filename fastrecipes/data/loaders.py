@@ -1,12 +1,15 @@
 "Whatever holds the data, as fastai `DataLoaders`: a folder, torch datasets, torch loaders; and the labels they hold."
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from fastai.basics import noop
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.losses import CrossEntropyLossFlat
 from fastai.tabular.core import Tabular
 from fastai.torch_core import TensorImage, to_device
+from fasttransform import Pipeline
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset, TensorDataset
 
@@ -16,7 +19,7 @@ from fastrecipes.data.splits import split
 from fastrecipes.errors import BadValue
 from fastrecipes.randomness import forked
 
-__all__ = ['as_dataloaders', 'batch_size_of', 'first_sample', 'labels_of', 'samples', 'shapes', 'Indexed']
+__all__ = ['as_dataloaders', 'batch_size_of', 'first_sample', 'in_order', 'labels_of', 'samples', 'shapes', 'unvaried', 'Indexed']
 
 
 class Indexed:
@@ -99,6 +102,19 @@ def _classes(dataset) -> list:
     while isinstance(dataset, Subset): dataset = dataset.dataset
     if (names := getattr(dataset, 'classes', None)) is not None: return list(names)
     return list(range(int(max(labels_of(dataset)))+1)) if len(dataset) else []
+
+
+def in_order(dl: TfmdDL, like: TfmdDL) -> TfmdDL:
+    "A loader of the samples of `dl`, all, in their order, with the transforms of `like` as validation has them; go through it `with unvaried(dl.dataset)`."
+    new = dl.new(shuffle=False, drop_last=False)
+    for name in ('after_item', 'before_batch', 'after_batch'): setattr(new, name, Pipeline(list(getattr(like, name).fs), split_idx=1))
+    new.before_iter = noop                      # fastai's would tell the transforms that this is the training set
+    return new
+
+
+def unvaried(dataset):
+    "A block in which a dataset gives its samples as validation has them, where its own transforms vary them."
+    return getattr(dataset, 'set_split_idx', lambda i: nullcontext())(1)
 
 
 def batch_size_of(dl) -> int | None:

@@ -1,17 +1,16 @@
 "What the training set says of pixels: mean, spread, covariance, streamed in one pass, and the normalisation that is made of them."
 import time
-from contextlib import nullcontext
 from copy import copy
 from typing import Literal
 
 import torch
-from fastai.basics import Learner, Pipeline, TensorImage, Transform, nn, noop
+from fastai.basics import Learner, Pipeline, TensorImage, Transform, nn
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import Normalize
 from fastai.vision.core import imagenet_stats
 
 from fastrecipes.data.keyed import keyed
-from fastrecipes.data.loaders import first_sample
+from fastrecipes.data.loaders import first_sample, in_order, unvaried
 from fastrecipes.data.transforms import check_images
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.files import writes
@@ -61,7 +60,7 @@ def moments_of(dls: DataLoaders, over: str = 'channels', full: bool = False) -> 
     `over`: 'channels' (a vector a pixel) or 'pixels' (a vector `(c·h·w,)` an image). Images with values that are not finite count in
     `.left_out` only. Raises `ValueError` where none is left."""
     seen, told = Moments(full), time.monotonic()
-    with forked('normalize'), getattr(dls.train.dataset, 'set_split_idx', nullcontext)(1):
+    with forked('normalize'), unvaried(dls.train.dataset):
         for b in _plain(dls):
             for x in (x for x in b[:max(1, dls.train.n_inp)] if isinstance(x, TensorImage)):
                 x = x.detach().as_subclass(torch.Tensor)
@@ -78,10 +77,8 @@ def moments_of(dls: DataLoaders, over: str = 'channels', full: bool = False) -> 
 
 def _plain(dls: DataLoaders) -> TfmdDL:
     "A loader of the training data, in their order, whose transforms are validation's, up to where batches are normalised."
-    new, like = dls.train.new(shuffle=False, drop_last=False), dls.loaders[min(1, len(dls.loaders)-1)]
-    for name in ('after_item', 'before_batch', 'after_batch'):
-        setattr(new, name, Pipeline([t for t in getattr(like, name).fs if not (name == 'after_batch' and t.order >= Normalize.order)], split_idx=1))
-    new.before_iter = noop                      # fastai's would tell the transforms that this is the training set
+    new = in_order(dls.train, dls.loaders[min(1, len(dls.loaders)-1)])
+    new.after_batch = Pipeline([t for t in new.after_batch.fs if t.order < Normalize.order], split_idx=1)
     return new
 
 

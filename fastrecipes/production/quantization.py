@@ -3,7 +3,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -14,8 +14,8 @@ import onnx
 import torch
 from fastai.basics import Learner, patch
 from fastai.data.core import TfmdDL
-from fasttransform import Pipeline
 
+from fastrecipes.data.loaders import in_order, unvaried
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.files import writes
 from fastrecipes.objective import cross_entropy_of
@@ -196,9 +196,8 @@ def calibration_batches(learn: Learner, n: int = 128, seed: int = 42) -> list[tu
     if not isinstance(dl, TfmdDL) or not dl.indexed:
         raise BadValue(f'quantize: needs a fastai loader over an indexed training set to draw from, got {type(dl).__name__}; give torch loaders to `as_dataloaders`')
     drawn = sorted(stream(seed, 'calibration').permutation(len(dl.dataset))[:n].tolist())
-    with forked('calibration'), getattr(dl.dataset, 'set_split_idx', nullcontext)(1):
-        new = dl.new(shuffle=False, drop_last=False)
-        for name in ('after_item', 'before_batch', 'after_batch'): setattr(new, name, Pipeline(list(getattr(valid, name).fs), split_idx=1))
+    with forked('calibration'), unvaried(dl.dataset):
+        new = in_order(dl, valid)
         batches = [new.after_batch(new.do_batch([new.do_item(i) for i in drawn[at:at+32]])) for at in range(0, len(drawn), 32)]
     return [tuple(x.detach().as_subclass(torch.Tensor).cpu().numpy() for x in b[:n_inp]) for b in batches]
 

@@ -150,7 +150,7 @@ class Route:
         if self.quantize == 'static' and tried and self.budget.allows(title := self.title(share, kind='qat'), took):
             best = max(tried, key=lambda c: self.gate.stages[c.at].valid.value).candidate.learn
             if self._does(tried, title, lambda: best, 'qat'): return tried
-        if share and self.budget.allows(title := self.title(share, 'where it is felt least'), 2*took):
+        if share and self.budget.allows(title := self.title(how='prune where it is felt least'), 2*took):
             self._does(tried, title, lambda: self.work.tuned(self.base, self._least(self.base, self._by_layer, max(RATIOS))[1]))
         return tried
 
@@ -168,7 +168,7 @@ class Route:
     def calibration(self) -> list[np.ndarray]: return self.work.calibration()
 
     def title(self, share: float = 0., how: str = '', kind: str | None = None) -> str:
-        cut = f'prune {share:.0%} {how}'.strip() if share else ''
+        cut = f'prune {share:.0%} {how}'.strip() if share else how
         return ', '.join(filter(None, (self.name, cut, self.quantize and f'quantize ({kind or self.quantize})'))) or 'as it is'
 
     def _least(self, base: Learner, cut: Callable, most: float) -> tuple[float, nn.Module]:

@@ -174,7 +174,9 @@ def _options(command: str) -> list[str]:
     return re.split(' (?=--)', command)
 
 
-def _arguments(arguments: dict) -> str: return ', '.join(f'{k}={v!r}' for k, v in arguments.items()) or 'defaults'
+def _arguments(arguments: dict) -> str:
+    def shown(v): return f'a {type(v).__name__}' if repr(v).startswith('<') else repr(v)        # an address says nothing
+    return ', '.join(f'{k}={shown(v)}' for k, v in arguments.items()) or 'defaults'
 
 
 def _link(source: str) -> Markup | str:

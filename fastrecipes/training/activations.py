@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from fastai.basics import Learner, get_model, nn, noop, to_device
 from fastai.data.core import Datasets, TfmdLists
-from fasttransform import Pipeline
 from filelock import FileLock
 from PIL import Image
 from torch.utils.data import Subset
 
 from fastrecipes.data.decoded import FLUSH, NoRoom, in_bytes, take_room
 from fastrecipes.data.keyed import KeyedDL, keyed_kind
-from fastrecipes.data.loaders import Indexed, samples
+from fastrecipes.data.loaders import Indexed, in_order, samples, unvaried
 from fastrecipes.errors import BadValue
 from fastrecipes.files import writes
 from fastrecipes.randomness import forked
@@ -47,10 +46,7 @@ def as_keyed(dl) -> KeyedDL:
 def _plain(learn: Learner, side: str) -> KeyedDL:
     "A loader of a side's samples, in their order, as validation shows them."
     dls = learn.dls
-    new, like = as_keyed(dls.train if side == 'train' else dls.valid).new(shuffle=False, drop_last=False), dls.loaders[min(1, len(dls.loaders)-1)]
-    for name in ('after_item', 'before_batch', 'after_batch'): setattr(new, name, Pipeline(list(getattr(like, name).fs), split_idx=1))
-    new.before_iter = noop                      # fastai's would tell the transforms that this is the training set
-    return new
+    return in_order(as_keyed(dls.train if side == 'train' else dls.valid), dls.loaders[min(1, len(dls.loaders)-1)])
 
 
 def _varied(learn: Learner, view: int) -> KeyedDL:
@@ -71,12 +67,9 @@ def _fingerprint(learn: Learner, body: list[str], views: int, dtype: str) -> str
         dl = learn.dls.train if side == 'train' else learn.dls.valid
         _feed(digest, [side, len(dl.dataset)])
         _feed(digest, _source(dl.dataset))
-        _feed(digest, _probe(_plain(learn, side), len(dl.dataset), _split(dl.dataset)))
+        _feed(digest, _probe(_plain(learn, side), len(dl.dataset), unvaried(dl.dataset)))
     if views > 1: _feed(digest, _probe(_varied(learn, 0), len(learn.dls.train.dataset), nullcontext()))
     return digest.hexdigest()
-
-
-def _split(dataset): return getattr(dataset, 'set_split_idx', lambda i: nullcontext())(1)
 
 
 def _probe(dl, n: int, block):
@@ -183,7 +176,7 @@ def _fill(learn, body, target: Path, first, views: int, dtype: str):
     for i, (side, view) in enumerate(passes):
         dl = _varied(learn, view) if side == 'train' and views > 1 else _plain(learn, side)
         own = [columns[side, j] for j in range(len(first))]
-        with forked('precompute'), nullcontext() if side == 'train' and views > 1 else _split(dl.dataset): _pass(learn, body, dl, own, view*n[side], n[side], done[i:i+1], side)
+        with forked('precompute'), nullcontext() if side == 'train' and views > 1 else unvaried(dl.dataset): _pass(learn, body, dl, own, view*n[side], n[side], done[i:i+1], side)
     _settle(columns.values(), done)
     del columns, done
     (part/'done.npy').unlink()

@@ -14,7 +14,7 @@ from fastrecipes.recipes.compress import compress
 from fastrecipes.recipes.ship import ship
 from fastrecipes.report.history import lines_unless_terminal
 
-WAYS = ['original', 'prune {}, quantize (static)', 'prune {} in two steps, quantize (static)', 'prune {}, quantize (qat)', 'prune {} where it is felt least, quantize (static)']
+WAYS = ['original', 'prune {}, quantize (static)', 'prune {} in two steps, quantize (static)', 'prune {}, quantize (qat)', 'prune where it is felt least, quantize (static)']
 
 
 @pytest.fixture(scope='module')
