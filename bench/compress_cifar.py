@@ -1,0 +1,99 @@
+"""CIFAR-10: one network of 90 % or more, trained once and kept; ten times smaller and twenty times faster than itself; and how many of its weights it can do without.
+
+    python bench/compress_cifar.py [--data DIR] [--out DIR] [--epochs 20] [--tune 4] [--minutes 30] [--size 32] [--times-smaller 10] [--times-faster 20] [--write]
+
+All 50,000 training images but 5 in 100, which choose; all 10,000 test images, which are only reported. ResNet-9 of widths 32 to 256, bfloat16, channels last, a cache,
+one cycle. (a) `compress(max_mb=…, max_ms=…, tolerance=1)`, `tune` epochs for each network tried, `minutes` in all; time against eager torch in float32, the network's own. (b)
+`iterative_prune`: 15 % of the weights at a time to 90 %, each step up to `tune` epochs, as long as validation accuracy comes back to 99.5 % of the original's. What is done is kept in
+OUT (weights, checkpoints, tables) and not done again."""
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from fastai.basics import CrossEntropyLossFlat, Learner, accuracy
+from fastcore.xdg import xdg_cache_home
+from imbalance import ready, resnet9
+from results import write
+
+from fastrecipes.data.folders import image_folder
+from fastrecipes.data.keyed import keyed
+from fastrecipes.production.export import graph_of, served
+from fastrecipes.production.iterative import Pruned, PruningStep
+from fastrecipes.production.predictor import Graph
+from fastrecipes.production.timing import image_times, medians
+from fastrecipes.recipes.compress import compress
+from fastrecipes.report.history import lines_unless_terminal
+from fastrecipes.report.intervals import accuracy as measured
+from fastrecipes.training.resume import resumable
+
+WIDTHS = (32, 64, 128, 256)
+
+
+def learner(data: Path, size: int, epochs: int, out: Path) -> Learner:
+    "The network, trained in `out` if it is not yet."
+    torch.manual_seed(0)
+    dls = image_folder(data, size=size, bs=128, valid=.05, seed=0, cache=True, near_duplicates='warn')
+    learn = lines_unless_terminal(Learner(dls, resnet9(WIDTHS), CrossEntropyLossFlat(), metrics=accuracy, wd=.05), 'ResNet-9')
+    keyed(learn, 0)
+    learn.use(normalize='standardize', augment=dict(flip=True, rotate=0., zoom=1.25, warp=0., lighting=0., p=1.), label_smoothing=.1, to_bf16=True, to_channelslast=True)
+    if not (file := out/f'resnet9-{epochs}.pth').exists():
+        start = time.time()
+        with resumable(out/'training'): learn.fit_one_cycle(epochs, 1e-2)
+        torch.save(learn.model.state_dict(), tmp := file.with_suffix('.tmp'))
+        os.replace(tmp, file)
+        file.with_suffix('.json').write_text(json.dumps(dict(minutes=(time.time()-start)/60)))
+    learn.model.load_state_dict(torch.load(file, weights_only=True))
+    return learn
+
+
+def on_test(learn: Learner) -> str:
+    with learn.no_bar(): p, y = learn.get_preds(ds_idx=2)
+    return str(measured(y.numpy(), p.argmax(1).numpy()))
+
+
+def smaller_and_faster(learn: Learner, out: Path, settings: dict) -> str:
+    "(a)"
+    graph, eager = graph_of(learn), served(learn)
+    side = learn.dls.valid.one_batch()[0].shape[-2:]
+    ms = medians(image_times({'onnx': Graph(graph, threads=1), 'eager': lambda pixels: eager(torch.from_numpy(pixels))}, tuple(side)))
+    small = compress(learn, max_mb=round(len(graph)/1e6/settings['times_smaller'], 4), max_ms=round(ms['eager']/settings['times_faster'], 4), tolerance=1., epochs=settings['tune'],
+                     lr=3e-3, minutes=settings['minutes'], out=str(out/'small'), overwrite=(out/'small'/'report.html').exists())
+    return f'```\n{small}\n```'
+
+
+def how_many_weights(learn: Learner, out: Path, settings: dict) -> str:
+    "(b)"
+    file = out/f'pruned-{settings["epochs"]}-{settings["tune"]}.json'
+    if not file.exists():
+        with resumable(out/'pruning'): done = learn.iterative_prune(settings['tune'], 2e-3)
+        file.write_text(json.dumps(dict(steps=[vars(s) for s in done.steps], floor=done.floor)))
+    told = json.loads(file.read_text())
+    return f'```\n{Pruned([PruningStep(**s) for s in told["steps"]], told["floor"])}\n```'
+
+
+def main(data: Path, out: Path, **settings) -> str:
+    ready(data, out)
+    torch.set_num_threads(os.cpu_count())
+    learn = learner(data, settings['size'], settings['epochs'], out)
+    minutes = json.loads((out/f'resnet9-{settings["epochs"]}.json').read_text())['minutes']
+    said = f'ResNet-9 of widths {", ".join(map(str, WIDTHS))}, {settings["epochs"]} epochs in {minutes:.0f} minutes: {on_test(learn)} on 10,000 test images.'
+    again = learner(data, settings['size'], settings['epochs'], out)
+    return '\n\n'.join([said, '**Smaller and faster**', smaller_and_faster(learn, out, settings), '**Fewer weights**', how_many_weights(again, out, settings)])
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--data', type=Path, default=xdg_cache_home()/'fastrecipes'/'cifar10')
+    parser.add_argument('--out', type=Path, default=xdg_cache_home()/'fastrecipes'/'compress_cifar')
+    defaults = dict(epochs=20, tune=4, minutes=30., size=32, times_smaller=10., times_faster=20.)
+    for name, default in defaults.items(): parser.add_argument(f'--{name.replace("_", "-")}', type=type(default), default=default)
+    parser.add_argument('--write', action='store_true')
+    asked = vars(parser.parse_args())
+    to_write = asked.pop('write')
+    said = main(**asked)
+    print(said)
+    how = ' '.join(f'--{k.replace("_", "-")} {asked[k]:g}' for k in defaults)
+    if to_write: write('compress_cifar', f'## CIFAR-10, compressed\n\n`python bench/compress_cifar.py {how}`\n\n{said}')
