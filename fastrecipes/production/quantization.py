@@ -19,6 +19,7 @@ from fastrecipes.data.loaders import in_order, unvaried
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.files import writes
 from fastrecipes.objective import cross_entropy_of
+from fastrecipes.production.export import compact
 from fastrecipes.production.quantized import Quantization, Quantized, network_graph, quantized_learner, times_of_one, two_samples
 from fastrecipes.randomness import forked, stream
 from fastrecipes.report import intervals
@@ -281,6 +282,7 @@ def quantize(self: Learner, kind: Kind = 'static', *, tolerance: float | None = 
         if agreement < AGREE:
             raise BadValue(f'quantize: the graph answers as the network that was trained on {agreement:.1%} of the validation samples only, at least {AGREE:.0%} is asked for; '
                            "call quantize('static')")
+    made = compact(made)
     told = Quantization(kind, quantized_share(made), (len(graph), len(made)), times_of_one(graph, made, two_samples(self)), in_float=tuple(_layer(graph, n) for n in in_float),
                         agreement=agreement, **quality(made))
     if writes(): print(f'quantize: {told}', flush=True)

@@ -15,7 +15,7 @@ from onnx import compose
 from fastrecipes.data.loaders import first_sample, shapes
 from fastrecipes.data.statistics import normalization_of
 from fastrecipes.errors import BadValue
-from fastrecipes.production.export import quiet_export, without_traces, activation_of, input_contract, labels
+from fastrecipes.production.export import activation_of, compact, input_contract, labels, pooled, quiet_export, without_traces
 from fastrecipes.production.predictor import Graph
 from fastrecipes.production.timing import interleaved
 from fastrecipes.report.intervals import Difference, Estimate
@@ -129,7 +129,7 @@ def as_onnx(model: nn.Module, xb: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
             program = torch.onnx.export(model, xb, dynamo=True, external_data=False, verbose=False, dynamic_shapes=any_number(xb),
                                         input_names=[f'x{i}' for i in range(len(xb))], output_names=['y'])
     except (torch.onnx.OnnxExporterError, torch.onnx.errors.UnsupportedOperatorError) as e: raise BadValue(f'quantize: torch cannot write this network as ONNX: {reason(e)}') from e
-    proto = without_traces(program.model_proto)
+    proto = pooled(without_traces(program.model_proto))
     if len(proto.graph.output) != 1: raise BadValue(f'quantize: needs a network of one output, this one has {len(proto.graph.output)}')
     onnx.checker.check_model(proto, full_check=True)
     return proto
@@ -217,8 +217,7 @@ def pixels_graph(learn: Learner) -> bytes:
     whole = _renamed(whole, pixels='before/x0', probabilities='after/y')
     del whole.metadata_props[:]
     onnx.helper.set_model_props(whole, dict(labels=json.dumps(labels(learn)), input=json.dumps(contract)))
-    onnx.checker.check_model(whole, full_check=True)
-    return whole.SerializeToString()
+    return compact(whole.SerializeToString())
 
 
 def _renamed(model: onnx.ModelProto, **names: str) -> onnx.ModelProto:

@@ -11,7 +11,7 @@ from fastai.callback.hook import total_params
 from fastrecipes.data.keyed import keyed
 from fastrecipes.data.statistics import PixelMap, normalization_of, normalized_by
 from fastrecipes.errors import BadValue, few
-from fastrecipes.production.export import graph_of, input_contract
+from fastrecipes.production.export import compact, graph_of, input_contract
 from fastrecipes.production.gate import Candidate, Considered, Gate
 from fastrecipes.production.predictor import Graph, batched, pixels_of
 from fastrecipes.production.quantization import linear_share, quantize_dynamic, quantize_static, quantize_within, quantized_share
@@ -102,6 +102,7 @@ def in_8_bits(gate: Gate, work: Work, learn: Learner, graph: bytes, kind: str) -
         if (share := linear_share(graph)) < .5: raise BadValue(f"quantize: 'dynamic' reaches linear layers alone, and they hold {share:.1%} of this network's weights; take static")
         made, in_float = quantize_dynamic(graph), []
     else: made, in_float = _static(gate, graph, work.calibration())
+    made = compact(made)
     return Candidate(made, f'{quantized_share(made):.1%} of the weights in 8 bits' + (f'; in float stayed {few(in_float)}' if in_float else ''), learn, True)
 
 
@@ -189,7 +190,7 @@ class Route:
     def _cost(self, net: nn.Module) -> tuple[int, float]:
         "Bytes and ms of a network that is not trained yet."
         graph = graph_of(Learner(self.base.dls, net, self.base.loss_func))
-        if self.quantize: graph = quantize_dynamic(graph) if self.quantize == 'dynamic' else quantize_static(graph, self.calibration)
+        if self.quantize: graph = compact(quantize_dynamic(graph) if self.quantize == 'dynamic' else quantize_static(graph, self.calibration))
         return len(graph), medians(image_times({'it': Graph(graph, threads=1)}, self.gate.contract['size']))['it']
 
     def _does(self, tried: list, title: str, student: Callable[[], Learner], kind: str | None = None) -> bool:

@@ -1,6 +1,8 @@
 "What leaves a Learner, and that the Learner is as it was: after success, and after every failure."
+import tempfile
 import threading
 import warnings
+from collections import Counter
 from pickle import PicklingError
 
 import numpy as np
@@ -16,7 +18,9 @@ from torch.nn import functional as F
 
 from fastrecipes.data.statistics import KINDS, PixelMap
 from fastrecipes.errors import BadValue
-from fastrecipes.production.export import Served, activation_of, export_learner, input_contract, served, to_onnx
+from fastrecipes.production.export import Served, activation_of, compact, export_learner, input_contract, served, to_onnx
+from fastrecipes.production.quantization import quantize_static
+from fastrecipes.production.quantized import Quantized, as_onnx
 
 
 def loaded(path):
@@ -168,3 +172,72 @@ def test_a_model_that_cannot_become_a_graph_is_one_sentence(learn, tmp_path):
 
 def test_data_that_are_no_image_folder_are_refused(toy):
     with pytest.raises(BadValue, match='data made by image_folder'): input_contract(toy())
+
+
+def residual():
+    "A network in 8 bits with what a compact graph has to get right: shared zeros, biases, sums, a mean over height and width, layers that answer in float."
+    torch.manual_seed(0)
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc, self.answer = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            return self.answer(F.relu(self.fc((x + self.b(x)).mean((2, 3), keepdim=True).flatten(1))))
+    net, x = Net().eval(), torch.randn(32, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    return net, x, as_onnx(net, (x[:2],)).SerializeToString()
+
+
+def kinds(graph: bytes) -> Counter:
+    "The kinds of nodes that onnxruntime makes of a graph."
+    options = ort.SessionOptions()
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath, options.log_severity_level = f'{folder}/o.onnx', 3
+        ort.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
+        return Counter(n.op_type for n in onnx.load(f'{folder}/o.onnx').graph.node)
+
+
+def test_a_compact_graph_answers_bit_for_bit_and_is_run_by_the_same_kernels():
+    net, x, floats = residual()
+    for graph, most in ((floats, .9), (quantize_static(floats, [x.numpy()]), .6)):
+        small = compact(graph)
+        assert torch.equal(Quantized(small)(x), Quantized(graph)(x)) and kinds(small) == kinds(graph)
+        one, other = (onnx.load_from_string(g).graph for g in (graph, small))
+        assert len(small) < most*len(graph) and [(o.name, str(o.type)) for o in (*other.input, *other.output)] == [(o.name, str(o.type)) for o in (*one.input, *one.output)]
+        assert compact(small) == small
+    assert kinds(small)['QLinearConv'] == 2 and kinds(small)['QGemm'] == 2
+
+
+def test_a_compact_graph_keeps_metadata_and_no_name_within_is_that_of_an_input():
+    helper, f = onnx.helper, onnx.TensorProto.FLOAT
+    value = lambda name: helper.make_tensor_value_info(name, f, [2])
+    nodes = [helper.make_node('Add', ['0', 'one'], ['t']), helper.make_node('Add', ['t', 'same'], ['u']), helper.make_node('Mul', ['u', '1'], ['2'])]
+    ones = [helper.make_tensor(name, f, [2], [1., 1.]) for name in ('one', 'same', 'unused')]
+    model = helper.make_model(helper.make_graph(nodes, 'g', [value('0'), value('1')], [value('2')], ones), opset_imports=[helper.make_opsetid('', 18)], ir_version=9)
+    helper.set_model_props(model, dict(labels='["a"]'))
+    small = onnx.load_from_string(compact(model.SerializeToString()))
+    assert [t.name for t in small.graph.initializer] == ['3'] and [(p.key, p.value) for p in small.metadata_props] == [('labels', '["a"]')]
+    a, b = np.float32([1, 2]), np.float32([3, 4])
+    assert ort.InferenceSession(small.SerializeToString()).run(None, {'0': a, '1': b})[0].tolist() == ((a+2)*b).tolist()
+
+
+def test_a_graph_with_an_inner_graph_is_left_as_it_is():
+    helper, f = onnx.helper, onnx.TensorProto.FLOAT
+    out = helper.make_tensor_value_info('y', f, [1])
+    branch = lambda name, v: helper.make_graph([helper.make_node('Add', ['x', name], [f'{name}y'])], name, [], [helper.make_tensor_value_info(f'{name}y', f, [1])],
+                                               [helper.make_tensor(name, f, [1], [v])])
+    node = helper.make_node('If', ['c'], ['y'], then_branch=branch('p', 1.), else_branch=branch('q', 2.))
+    ins = [helper.make_tensor_value_info('x', f, [1]), helper.make_tensor_value_info('c', onnx.TensorProto.BOOL, [])]
+    graph = helper.make_model(helper.make_graph([node], 'g', ins, [out]), opset_imports=[helper.make_opsetid('', 18)], ir_version=9).SerializeToString()
+    assert compact(graph) == graph
+
+
+@pytest.mark.parametrize('dims, keepdim, pools', [((2, 3), True, 1), ((-1, -2), True, 1), ((2, 3), False, 0), ((1, 2), True, 0), ((3,), True, 0)])
+def test_a_mean_over_height_and_width_is_a_pooling_and_no_other_is(dims, keepdim, pools):
+    class Mean(nn.Module):
+        def forward(self, x): return x.mean(dims, keepdim=keepdim)
+    x = torch.randn(2, 3, 5, 4)
+    proto = as_onnx(Mean(), (x,))
+    assert sum(n.op_type == 'GlobalAveragePool' for n in proto.graph.node) == pools and len(proto.graph.initializer) <= 1 - pools
+    assert torch.allclose(Quantized(proto.SerializeToString())(x), x.mean(dims, keepdim=keepdim), atol=1e-6)
