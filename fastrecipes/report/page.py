@@ -146,7 +146,7 @@ def _figures(record: Report) -> dict[str, tuple[Markup, str]]:
         stages = [s for s in field_of(record.compression, 'stages') if field_of(s, 'size_bytes')]
         targets = field_of(record.compression, 'targets')
         for name, most, words in (('size_bytes', 'max_mb', 'size of the .onnx'), ('latency_ms', 'max_ms', 'time for one image')):
-            add(name, plots.tradeoff(stages, name, targets and field_of(targets, most)),
+            add(name, plots.tradeoff(stages, name, field_of(targets, most) if targets else None),
                 f'Accuracy against {words} by stage: ' + '; '.join(f'{field_of(s, "name")}: {field_of(s, name):.4g}' for s in stages))
     return figures
 
