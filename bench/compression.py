@@ -120,7 +120,7 @@ class Fasterai:
         self.prune = lambda: PruneCallback(.5, agp, 'local', large_final, example_inputs=self.sample[:1])
         self.teach = lambda teacher: KnowledgeDistillationCallback(deepcopy(teacher.model).eval(), SoftTarget, weight=.5)
 
-    def half(self, learn, teacher, lr=1e-2): learn.fit_one_cycle(TUNED, lr, cbs=[self.prune(), self.teach(teacher)])
+    def half(self, learn, teacher, lr=3e-3): learn.fit_one_cycle(TUNED, lr, cbs=[self.prune(), self.teach(teacher)])
     def int8(self, learn) -> bytes: return self.fp32(learn, quantize=True, quantize_mode='static', calibration_data=[(x[None], 0) for x in self.sample])
 
     def fp32(self, learn, **kwargs) -> bytes:
