@@ -65,6 +65,11 @@ def test_validation_is_exact_though_it_does_not_divide(names, ranks):
         assert len(got['preds']) == two.VALID and got['values'][-1][2] == pytest.approx(accuracy, abs=1e-6) and got['validated'] == pytest.approx(got['values'][-1][1:], abs=1e-6)
 
 
+def test_distill_trains_the_same_regressors_in_both_processes_and_in_one(ranks):
+    one, (a, b) = two.matched(learner, 1), [r['matched'] for r in ranks]
+    for kind in ('regressors', 'weights'): assert all(map(torch.equal, a[kind], b[kind])) and far(a[kind], one[kind]) <= 1e-5
+
+
 def test_a_balanced_epoch_is_shared_out_without_overlap(ranks):
     a, b = (r[('balance',)]['samples'] for r in ranks)
     draws = [i for batch in (*a, *b) for i in batch]

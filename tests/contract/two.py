@@ -36,6 +36,14 @@ def trained(names, learner, use, processes: int):
                 effects={n: a.effect for n, a in vars(learn).get('techniques', {}).items()})
 
 
+def matched(learner, processes: int):
+    "A fit with `distill(…, features=1)`, on `processes` processes: the weights of the student, and the regressors."
+    learn = learner(N, BS//processes, n_valid=VALID).distill(learner(seed=1).model, features=1.)
+    if processes > 1: learn.to_distributed(timeout=60)
+    learn.fit(1, 1e-3)
+    return dict(weights=[w.detach().clone() for w in learn.model.parameters()], regressors=learn.match_cb.regressors)
+
+
 def cases():
     alone = [n for n in sorted(TECHNIQUES) if n not in ('to_distributed', 'to_parallel')]
     return [(), *((n,) for n in alone), ('class_weights', 'grad_accum'), ('balance', 'mixup'), ('augment', 'cutout', 'label_smoothing')]
@@ -45,4 +53,4 @@ if __name__ == '__main__':
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.contract.conftest import learner, use
     torch.set_num_threads(1)
-    torch.save({names: trained(names, learner, use, 2) for names in cases()}, Path(sys.argv[1])/f'{os.environ["RANK"]}.pt')
+    torch.save({names: trained(names, learner, use, 2) for names in cases()} | dict(matched=matched(learner, 2)), Path(sys.argv[1])/f'{os.environ["RANK"]}.pt')

@@ -54,6 +54,17 @@ def test_a_batch_is_made_up_of_its_shares_and_an_epoch_sees_the_larger_pool_once
     assert list(s) != list(s) and len(list(s)) == 21
 
 
+def test_an_epoch_comes_to_the_end_of_the_longest_pool_though_its_share_does_not_divide_it():
+    drawn = MixedSampler([range(3), range(10, 17)], [1, 2]).draw(np.random.default_rng(0)).reshape(-1, 3)
+    assert len(drawn) == 4 and {*drawn[:, 1:].ravel().tolist()} == {*range(10, 17)}
+
+
+def test_a_pool_that_is_gone_through_again_comes_in_another_order():
+    drawn = MixedSampler([range(50), range(50, 150)], [1, 1]).draw(np.random.default_rng(0)).reshape(-1, 2)[:, 0]
+    first, again = drawn[:50].tolist(), drawn[50:].tolist()
+    assert first != again and sorted(first) == sorted(again) == list(range(50))
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 def small_net(c=10):

@@ -74,6 +74,18 @@ def test_what_costs_nothing_and_is_smaller_is_kept(learn):
     assert gate.graph is bare and gate.quantized and 'times smaller' in gate.stages[1].reason and gate.stages[1].proof == 'the ballast is gone'
 
 
+def test_losses_do_not_add_up_from_stage_to_stage(gate, monkeypatch):
+    "Each stage answers one more image wrongly. One of 21 is allowed, and two are not, whatever was lost by the stage before."
+    original, truth, bare = gate.predicted, np.asarray(gate.sides['valid'][1]), gate.graph
+    right = np.flatnonzero(original['valid'] == truth)
+    def wrong(n): return original | {'valid': np.where(np.isin(np.arange(len(truth)), right[:n]), (truth+1) % 3, original['valid'])}
+    told = iter([wrong(1), wrong(2)])
+    monkeypatch.setattr(gate, '_predict', lambda graph: next(told))
+    gate.graph = padded(bare, 100_000)
+    assert gate.attempt('one', lambda: Candidate(padded(bare, 50_000), '')) and not gate.attempt('two', lambda: Candidate(bare, ''))
+    assert [s.change.value for s in gate.stages[1:]] == pytest.approx([-1/21, -2/21]) and len(gate.graph) > len(bare)
+
+
 @pytest.mark.parametrize('tolerance, kept', [(0., False), (4.7, False), (4.77, True)])
 def test_the_tolerance_is_in_points_of_accuracy(learn, tolerance, kept):
     "One of 21 images is 4.76 points."

@@ -82,6 +82,14 @@ def test_where_the_first_step_fails_the_network_is_as_it_was():
     assert all(torch.equal(p, w) for p, w in zip(learn.model.parameters(), before)) and 'prune' not in learn.techniques and not any(type(cb) is Prune for cb in learn.cbs)
 
 
+def test_what_is_taken_back_leaves_the_optimizer_nothing_to_remember():
+    learn = scripted(.1)
+    learn.fit(1, 1e-3)
+    assert all('grad_avg' in learn.opt.state[p] for p in learn.model.parameters())
+    learn.iterative_prune(1, 1e-3)
+    assert not any({'grad_avg', 'sqr_avg', 'step'} & {*learn.opt.state[p]} for p in learn.model.parameters())
+
+
 def test_masks_that_were_there_come_back(capsys):
     learn = scripted(.3).prune(.2, layers=['0'])
     masks = [m.clone() for m in learn.prune_cb.kept]

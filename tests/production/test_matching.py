@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 from fastai.basics import Callback, DataLoaders, Learner, OptimWrapper, load_learner, nn
+from fastai.callback.schedule import LRFinder
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
@@ -145,10 +146,12 @@ def test_it_goes_with_what_else_touches_the_batch(other):
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 
-def test_lr_find_trains_no_regressor():
-    learn = learner().distill(net(5, 6, seed=1), features=1.)
+def test_lr_find_trains_no_regressor(tmp_path):
+    learn = learner(path=tmp_path).distill(net(5, 6, seed=1), features=1.)
     before = [r.clone() for r in learn.match_cb.regressors]
     learn.lr_find(num_it=6, show_plot=False)
+    assert all(map(torch.equal, before, learn.match_cb.regressors))
+    learn.fit(2, cbs=LRFinder(num_it=6))                    # fastai's own puts back the network, and nothing else
     assert all(map(torch.equal, before, learn.match_cb.regressors))
 
 

@@ -78,6 +78,11 @@ def test_a_threshold_cuts_at_a_value(toy):
     for w, b in zip(weights(learn.model), before): assert torch.equal(w, torch.where(b.abs() > .1, b, 0.))
 
 
+def test_what_lies_at_the_threshold_goes():
+    w = torch.tensor([[-.5, -.25, 0., .25, .5]])
+    assert ThresholdPruning(.25).compute_mask(w, torch.ones_like(w)).tolist() == [[1, 0, 0, 0, 1]]
+
+
 def test_threshold_pruning_is_a_method_of_torch():
     m = nn.Linear(3, 1, bias=False)
     m.weight.data = torch.tensor([[.5, -.01, .02]])

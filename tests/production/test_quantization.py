@@ -6,6 +6,8 @@ import onnx
 import pytest
 import torch
 from fastai.basics import Learner, nn
+from fastai.torch_core import TensorImage
+from fasttransform import Transform
 from onnx import numpy_helper
 
 from fastrecipes.data.folders import image_folder
@@ -190,6 +192,19 @@ def test_calibration_is_on_training_images_as_validation_shows_them(make_learn):
     assert len(got) == 10 and all(len(at(x, train)) == 1 and not len(at(x, valid)) for x in got)
     assert not np.array_equal(got, np.concatenate([b[0] for b in calibration_batches(learn, 10, seed=2)]))
     assert sum(len(b[0]) for b in calibration_batches(learn, 1000)) == len(learn.dls.train.dataset)
+
+
+def test_calibration_leaves_out_what_only_training_does_to_images(make_learn):
+    class Always(Transform):
+        order = 100                             # behind the normalisation
+        def encodes(self, x: TensorImage): return 0*x
+    class Dark(Always): split_idx = 0           # as aug_transforms
+    learn = make_learn(epochs=0)
+    before = calibration_batches(learn, 10)
+    learn.dls.add_tfms([Dark()], 'after_batch')
+    learn.dls.train.after_batch.add(Always())   # as `augment`
+    assert not learn.dls.train.one_batch()[0].any()
+    assert all(np.array_equal(a[0], b[0]) for a, b in zip(before, calibration_batches(learn, 10), strict=True))
 
 
 def mlp(toy, d=16): return toy(n=128, d=d, model=nn.Sequential(nn.Linear(d, 64), nn.ReLU(), nn.Linear(64, 3)))

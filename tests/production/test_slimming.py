@@ -39,6 +39,15 @@ def test_the_weakest_channels_go():
         assert torch.allclose(thin.eval()(x), model.eval()(x), atol=.02)
 
 
+def test_importance_is_the_sum_of_squares():
+    "Of 27 weights of .3 (squares: 2.4, sizes: 8.1) and one of 2 (squares: 4, size: 2), the one stays."
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    with torch.no_grad():
+        for p in model.parameters(): p.zero_()
+        model[0].weight[:4], model[0].weight[4:, 0, 0, 0], model[4].weight[:] = .3, 2., .1
+    assert torch.equal(slimmed(model, .5, torch.rand(2, 3, 8, 8), round_to=4)[0].weight, model[0].weight[4:])
+
+
 @pytest.mark.parametrize('arch', ['resnet10t', 'mobilenetv3_small_050', 'convnext_atto'])
 def test_networks_of_timm_get_smaller(arch):
     model = timm.create_model(arch, num_classes=10)

@@ -8,7 +8,8 @@ import torch
 from fastrecipes.data.statistics import NormalizePixels, PixelMap, normalization_of
 from fastrecipes.production.predictor import Predictor
 from fastrecipes.recipes.classify import image_classifier
-from fastrecipes.recipes.compress import _distilled, compress
+from fastrecipes.recipes.compress import compress
+from fastrecipes.recipes.compressing import Work
 from fastrecipes.recipes.ship import ship
 from fastrecipes.report.run_folder import load_run
 from fastrecipes.training.transfer import Backbone, backbone
@@ -62,7 +63,7 @@ def test_a_student_with_weights_of_its_own_sees_pixels_as_these_want_them(learn,
     "The student's batches are normalised by its weights' statistics, and the teacher is asked about whitened ones."
     net = backbone('resnet10t', pretrained=False)
     net = Backbone(net.arch, net.body, net.n_features, net.pool, net.split, ((.5, .4, .3), (.2, .3, .4)))
-    made = _distilled(learn, net, 1, 1e-3, 0, dict(teacher=learn, T=4., alpha=.9)).learn
+    made = Work(learn, net, 1, 1e-3, 0, dict(teacher=learn, T=4., alpha=.9)).distilled()
     assert normalization_of(made).same_as(PixelMap.standard(*net.statistics)) and normalization_of(learn).factor.shape == (192, 192)
     teacher, x = made.distill_cb.teacher, made.dls.valid.one_batch()[0].as_subclass(torch.Tensor)
     with torch.no_grad(): assert torch.allclose(teacher(x), learn.model.eval()(learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)), atol=1e-2)

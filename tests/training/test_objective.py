@@ -6,7 +6,10 @@ from fastai.basics import nn
 from sklearn.utils.class_weight import compute_class_weight
 
 from fastrecipes.objective import objective
+from fastrecipes.technique import discover
 from fastrecipes.training.objective import effective_number_weights
+
+discover()
 
 
 def test_default_weights_are_scikit_learns_balanced_ones(toy):
