@@ -40,6 +40,7 @@ from fastrecipes.production.predictor import *
 from fastrecipes.production.pruning import *
 from fastrecipes.production.quantization import *
 from fastrecipes.production.quantized import *
+from fastrecipes.production.quantizing import *
 from fastrecipes.production.sensitivity import *
 from fastrecipes.production.slimming import *
 from fastrecipes.randomness import *

@@ -14,7 +14,7 @@ from fastrecipes.errors import BadValue, few
 from fastrecipes.production.export import compact, graph_of, input_contract
 from fastrecipes.production.gate import Candidate, Considered, Gate
 from fastrecipes.production.predictor import Graph, batched, pixels_of
-from fastrecipes.production.quantization import linear_share, quantize_dynamic, quantize_static, quantize_within, quantized_share
+from fastrecipes.production.quantization import quantize_dynamic, quantize_static, quantize_within, quantized_share
 from fastrecipes.production.search import MOST, Budget, Targets, least_cut
 from fastrecipes.production.slimming import slimmed, widths
 from fastrecipes.production.timing import image_times, medians
@@ -98,9 +98,7 @@ def in_8_bits(gate: Gate, work: Work, learn: Learner, graph: bytes, kind: str) -
     if kind == 'qat':
         q = learn.quantize('qat', epochs=max(1, work.epochs//2), seed=work.seed)
         return Candidate(graph_of(q), f'trained for it, {quantized_share(q.model.graph):.1%} of the weights in 8 bits', learn, True)
-    if kind == 'dynamic':
-        if (share := linear_share(graph)) < .5: raise BadValue(f"quantize: 'dynamic' reaches linear layers alone, and they hold {share:.1%} of this network's weights; take static")
-        made, in_float = quantize_dynamic(graph), []
+    if kind == 'dynamic': made, in_float = quantize_dynamic(graph, .5), []
     else: made, in_float = _static(gate, graph, work.calibration())
     made = compact(made)
     return Candidate(made, f'{quantized_share(made):.1%} of the weights in 8 bits' + (f'; in float stayed {few(in_float)}' if in_float else ''), learn, True)

@@ -10,7 +10,8 @@ from fastai.callback.core import Callback
 from onnx import numpy_helper
 
 from fastrecipes.errors import BadValue
-from fastrecipes.production.quantization import _quiet_import, calibration_batches, quantized_share
+from fastrecipes.production.quantization import quantized_share
+from fastrecipes.production.quantizing import _quiet_import, calibration_batches
 from fastrecipes.production.quantized import Quantized, two_samples
 from fastrecipes.technique import discover
 
