@@ -26,7 +26,7 @@ class PeerGone(UserError, RuntimeError):
 
 def nearest(name, choices, n: int = 1) -> str:
     "`'; did you mean 'mixup'?'` for the closest of `choices`, or an empty string where nothing is close."
-    close = get_close_matches(str(name), [str(c) for c in choices], n=n, cutoff=.6)
+    close = get_close_matches(str(name), [str(c) for c in choices], n=n, cutoff=.5 if len(str(name)) < 4 else .6)       # of 'f2' half is right, and it is near 'f1'
     return f'; did you mean {" or ".join(repr(c) for c in close)}?' if close else ''
 
 

@@ -1,5 +1,6 @@
 "Clause 4 with real processes: `kill -9` at any moment, Ctrl-C, and files that lie there half written."
 import random
+import shlex
 import signal
 
 import pytest
@@ -42,12 +43,14 @@ def test_killed_at_a_random_moment_the_same_command_ends_bit_for_bit_the_same(se
 
 
 def test_ctrl_c_ends_with_the_command_that_goes_on(zygote, command, whole, tmp_path):
-    code, _ = zygote.run(command(tmp_path/'run'), tmp_path/'log', after=tmp_path/'run'/'checkpoint'/'1.pt', signal_=signal.SIGINT)
+    for run in (tmp_path/'run', tmp_path/'again', tmp_path/'third'):        # on a busy machine it may be done before the signal comes
+        code, _ = zygote.run(command(run), tmp_path/'log', after=run/'checkpoint'/'1.pt', signal_=signal.SIGINT)
+        if code != 0: break
     said = (tmp_path/'log').read_text().splitlines()[-1]
     assert code == 130 and said.startswith('fastrecipes: interrupted; to go on: fastrecipes image-classifier')
-    code, _ = zygote.run(said.split(': ')[-1].split()[1:], tmp_path/'log')
+    code, _ = zygote.run(shlex.split(said.split(': ')[-1])[1:], tmp_path/'log')
     assert code == 0 and 'going on from its last checkpoint' in (tmp_path/'log').read_text()
-    assert same(whole[0], kept(tmp_path/'run'))
+    assert same(whole[0], kept(run))
 
 
 def test_what_a_kill_left_half_written_is_not_read(zygote, command, whole, tmp_path):
