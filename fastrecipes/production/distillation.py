@@ -27,10 +27,10 @@ def soft_divergence(student: torch.Tensor, teacher: torch.Tensor, T: float = 4.,
 
 
 class Renormalize(nn.Module):
-    "Undo the normalisation of one Learner's pixels and apply another's."
-    def __init__(self, theirs: PixelMap, ours: PixelMap):
+    "Undo the normalisation of one Learner's pixels and apply another's; None: pixels in [0, 1] as they are."
+    def __init__(self, theirs: PixelMap | None, ours: PixelMap | None):
         super().__init__()
-        self.undo, self.do = theirs.inverse(), ours
+        self.undo, self.do = theirs.inverse() if theirs else nn.Identity(), ours or nn.Identity()
 
     def forward(self, x): return self.do(self.undo(x))
 
@@ -39,9 +39,11 @@ class Distill(TechniqueCallback):
     "Ask the teacher about each training batch, and blend the loss that is differentiated with the divergence from its answer."
     order, run_valid = Objective.order+.5, False        # after the loss that it blends with, before penalties, which are not to be blended
 
-    def __init__(self, teacher: nn.Module, T: float, alpha: float): self.teacher, self.T, self.alpha, self.answer = teacher, T, alpha, None
+    def __init__(self, teacher: nn.Module, T: float, alpha: float, pixels: PixelMap | None = None):
+        self.teacher, self.T, self.alpha, self.pixels, self.answer = teacher, T, alpha, pixels, None
 
     def before_fit(self):
+        if not _same(self.pixels, normalization_of(self.learn)): raise BadValue('distill: pixels are normalised otherwise than when it was called; call normalize first, then distill')
         self.teacher.eval().to(device_of(self.learn))
 
     def after_pred(self):                               # here and not after the loss: low precision holds for the teacher too
@@ -84,7 +86,7 @@ def distill(self: Learner, teacher: Learner | nn.Module | str, T: float = 4., al
     net = _teacher(self, teacher)
     paired = match(self, net[1] if _renormalized(net) else net, features or 0., attention or 0., layers) if features or attention else None
     objective(self)
-    put(self, Distill(net, T, alpha))
+    put(self, Distill(net, T, alpha, normalization_of(self)))
     self.remove_cb(Match)
     if paired: self.add_cb(paired)
     sizes = [total_params(m)[0] for m in (net, self.model)]
@@ -106,8 +108,11 @@ def _teacher(student: Learner, teacher) -> nn.Module:
         ours, theirs = (list(map(str, getattr(o.dls, 'vocab', None) or [])) for o in (student, teacher))
         if ours != theirs: raise BadValue(f'distill: the teacher knows the classes {theirs}, the student is to learn {ours}')
         one, two = normalization_of(student), normalization_of(teacher)
-        if one is not None and two is not None and not one.same_as(two): net = nn.Sequential(Renormalize(one, two), net)
+        if not _same(one, two): net = nn.Sequential(Renormalize(one, two), net)
     return net.eval().requires_grad_(False)
+
+
+def _same(one: PixelMap | None, two: PixelMap | None) -> bool: return one is two or one is not None and two is not None and one.same_as(two)
 
 
 def _loaded(path: Path) -> Learner:

@@ -245,6 +245,8 @@ def slim(self: Learner, ratio: float | None = None, max_ms: float | None = None,
     if ratio is not None: _check('slim', ratio, round_to, per_layer)
     if masked := [cb.name.removesuffix('_cb') for cb in self.cbs if vars(cb).get('masks')]:
         raise BadValue(f'slim: weights are held at 0 by {masked[0]}, and its masks are for the layers as they are; slim first, then prune')
+    if (match := getattr(self, 'match_cb', None)) and match.hints:
+        raise BadValue('slim: distill matches features of the layers as they are (features=…); slim first, then distill')
     if isinstance(self.opt_func, OptimWrapper): raise BadValue('slim: opt_func is an optimizer that holds the weights of today; give the Learner a function that makes one')
     model = get_model(self.model)
     if (seen := glance(self, ())) is None: raise BadValue('slim: it takes a sample of the training data to trace the network; give the data to `as_dataloaders`')

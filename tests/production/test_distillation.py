@@ -1,7 +1,9 @@
 "A teacher: what it adds to the loss, what it costs, and what it must not touch."
+from copy import deepcopy
+
 import pytest
 import torch
-from fastai.basics import Callback, nn
+from fastai.basics import Callback, Learner, nn
 from fastai.vision.all import Normalize
 from torch.nn import functional as F
 
@@ -136,3 +138,35 @@ def test_what_cannot_teach_is_refused(toy):
     with pytest.raises(ValueError, match='distill: teacher must be a Learner'): toy().distill(3)
     with pytest.raises(ValueError, match='distill: the loss must be a cross entropy'): toy(loss_func=nn.MSELoss(), labels=torch.randn(64, 3)).distill(nn.Linear(4, 3))
     with pytest.raises(TypeError, match='distill: needs teacher'): toy().use(distill=True)
+
+
+@pytest.mark.parametrize('student, teacher', [(None, True), (True, None), (None, None), (True, True)])
+def test_a_teacher_sees_pixels_as_it_was_trained_whoever_normalises(digit_folder, student, teacher):
+    from fastrecipes.data.folders import image_folder
+    from fastrecipes.data.loaders import samples
+    stats = (.3, .4, .5), (.2, .3, .4)
+    def learner(normalised, seed):
+        torch.manual_seed(seed)
+        dls = image_folder(digit_folder, size=8, bs=16, seed=1, workers=0)
+        if normalised: dls.add_tfms([Normalize.from_stats(*(s if seed else stats[0] for s in stats))], 'after_batch')
+        return Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, len(dls.vocab))))
+    ours, theirs = learner(student, 0), learner(teacher, 1)
+    x, seen = (samples(o.dls.valid, 8)[0].as_subclass(torch.Tensor) for o in (ours, theirs))        # the same images, each as its Learner normalises them
+    with torch.no_grad(): expected = theirs.model(seen)
+    ours.distill(theirs)
+    with torch.no_grad(): assert torch.allclose(ours.distill_cb.teacher(x), expected, atol=1e-4)
+
+
+def test_pixels_that_are_normalised_afterwards_are_refused(digit_folder):
+    from fastrecipes.data.folders import image_folder
+    dls = image_folder(digit_folder, size=8, bs=16, seed=1, workers=0)
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, len(dls.vocab))))
+    learn.remove_cb(learn.progress)
+    learn.distill(deepcopy(learn.model)).normalize('standardize')
+    with pytest.raises(ValueError, match='distill: pixels are normalised otherwise than when it was called; call normalize first'): learn.fit(1)
+
+
+def test_a_network_whose_features_are_matched_is_not_cut(make_learn):
+    learn = make_learn(epochs=0)
+    learn.distill(deepcopy(learn.model), features=1.)
+    with pytest.raises(ValueError, match='slim: distill matches features of the layers as they are .*slim first, then distill'): learn.slim(.5, round_to=1)
