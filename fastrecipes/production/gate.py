@@ -164,8 +164,8 @@ class Gate:
 
     Kept: within `tolerance` points of the original's accuracy on the validation images, and smaller or faster than what was there before.
     `make` may raise `ValueError`: the stage is then rolled back with that reason. `.learn` and `.graph` are those accepted so far."""
-    def __init__(self, learn: Learner, tolerance: float):
-        self.tolerance, self.contract = tolerance, input_contract(learn)
+    def __init__(self, learn: Learner, tolerance: float, targets: Targets = Targets()):
+        self.tolerance, self.targets, self.contract = tolerance, targets, input_contract(learn)
         loaders = learn.dls.loaders
         if not len(loaders[1].items): raise BadValue('compress: there is no validation image to judge a stage by; give the Learner its data back')
         self.sides = {name: (list(dl.items), labels_of(dl)) for name, dl in zip(('valid', 'test'), loaders[1:]) if len(dl.items)}
@@ -174,7 +174,7 @@ class Gate:
         self.graphs = [self.graph]
         self.predicted = self._predict(self.graph)          # the original's, by side
         self.stages = [self._stage('original', self.graph, self.predicted, True, 'the float network as it came')]
-        self.quantized, self.control, self.tried, self.targets = False, None, None, Targets()
+        self.quantized, self.control, self.tried = False, None, None
 
     def attempt(self, name: str, make: Callable[[], Candidate]) -> bool:
         print(f'{name} …', flush=True)
@@ -184,23 +184,22 @@ class Gate:
             self._add(Stage(name, False, str(e)), None)
             return False
         predicted = self.tried = self._predict(candidate.graph)
-        change = intervals.difference(self.sides['valid'][1], predicted['valid'], self.predicted['valid'])
+        change = self._change(predicted)
         ms = self._time({'before': self.graph, 'after': candidate.graph})
         kept, reason = self._judge(change, len(candidate.graph)/len(self.graph), surely(**ms))
         self._add(self._stage(name, candidate.graph, predicted, kept, reason, candidate.proof, change), candidate.graph)
         if kept: self.graph, self.learn, self.quantized = candidate.graph, candidate.learn or self.learn, candidate.quantized
         return kept
 
-    def consider(self, name: str, make: Callable[[], Candidate], targets: Targets) -> 'Considered | None':
-        "Measure what `make` gives against the original and `targets`; None where it comes to nothing. What is delivered is for `choose` to say."
-        self.targets = targets
+    def consider(self, name: str, make: Callable[[], Candidate]) -> 'Considered | None':
+        "Measure what `make` gives against the original and the targets; None where it comes to nothing. What is delivered is for `choose` to say."
         print(f'{name} …', flush=True)
         try: candidate = make()
         except BadValue as e: return self._add(Stage(name, False, str(e)), None)
         predicted = self._predict(candidate.graph)
-        change = intervals.difference(self.sides['valid'][1], predicted['valid'], self.predicted['valid'])
+        change = self._change(predicted)
         ms = medians(self._time({'it': candidate.graph}))['it']
-        excess = targets.excess(len(candidate.graph), ms)
+        excess = self.targets.excess(len(candidate.graph), ms)
         self._add(self._stage(name, candidate.graph, predicted, False, f'{change} from the original' + (f'; {excess:.2f} times what is asked for' if excess > 1 else ''),
                               candidate.proof, change), candidate.graph)
         return Considered(len(self.stages)-1, candidate, excess, not costs_too_much(change, self.tolerance))
@@ -211,7 +210,10 @@ class Gate:
 
     def points_lost(self, graph: bytes) -> float:
         "Points of accuracy on the validation images that `graph` has less than the original."
-        return -100*intervals.difference(self.sides['valid'][1], self._predict(graph)['valid'], self.predicted['valid']).value
+        return -100*self._change(self._predict(graph, 'valid')).value
+
+    def _change(self, predicted: dict[str, np.ndarray]) -> Difference:
+        return intervals.difference(self.sides['valid'][1], predicted['valid'], self.predicted['valid'])
 
     def choose(self, considered: list['Considered']):
         "Deliver the most accurate of those that cost no more than the tolerance and meet the targets; where none does, of those that cost no more, the nearest to the targets."
@@ -256,9 +258,9 @@ class Gate:
         last = list(predicted)[-1]
         return Stage(name, kept, reason, proof, scores['valid'], change, scores.get('test'), intervals.balanced_accuracy(self.sides[last][1], predicted[last]), len(graph))
 
-    def _predict(self, graph: bytes) -> dict[str, np.ndarray]:
+    def _predict(self, graph: bytes, *sides: str) -> dict[str, np.ndarray]:
         run = Graph(graph)
-        return {side: answers(run, items, self.contract).argmax(1) for side, (items, _) in self.sides.items()}
+        return {side: answers(run, self.sides[side][0], self.contract).argmax(1) for side in sides or self.sides}
 
     def _time(self, graphs: dict, **others) -> dict[str, list[float]]:
         "The ms of one image through each graph and each of `others`; in a run that goes on, what was measured before: it decides."

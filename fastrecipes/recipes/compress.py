@@ -73,8 +73,8 @@ def compress(learn: Learner | str, student: str | None = None, *, max_mb: float 
 
     with RunFolder.open('compress', asked, out, overwrite, defaults=compress).under_way() if out else nullcontext() as run:
         if run: run.note_data(learn.dls)
-        gate, work = Gate(learn, tolerance), Work(learn, net, epochs, lr, seed, dict(teacher=learn, T=T, alpha=alpha))
-        if targets: search(gate, work, targets, budget, prune, quantize)
+        gate, work = Gate(learn, tolerance, targets), Work(learn, net, epochs, lr, seed, dict(teacher=learn, T=T, alpha=alpha))
+        if targets: search(gate, work, budget, prune, quantize)
         else:
             if student: gate.attempt(f'distil to {student}', lambda: distilled(work))
             if control: gate.compare(f'{student} alone', lambda: distilled(replace(work, net=same), teach=False))

@@ -15,7 +15,7 @@ from fastrecipes.production.export import compact, graph_of, input_contract
 from fastrecipes.production.gate import Candidate, Considered, Gate
 from fastrecipes.production.predictor import Graph, batched, pixels_of
 from fastrecipes.production.quantization import quantize_dynamic, quantize_static, quantize_within, quantized_share
-from fastrecipes.production.search import MOST, Budget, Targets, least_cut
+from fastrecipes.production.search import MOST, Budget, least_cut
 from fastrecipes.production.slimming import slimmed, widths
 from fastrecipes.production.timing import image_times, medians
 from fastrecipes.randomness import stream
@@ -71,6 +71,7 @@ class Work:
         inherited = {n: a.arguments for n, a in applied(self.learn).items() if TECHNIQUES[n].stage in ('loss', 'optim', 'train')}
         student.use(**{**inherited, **({'distill': self.how} if teach else {})})
 
+    @cached_property
     def calibration(self) -> list[np.ndarray]:
         "Pixels of training images that ranges are measured on, batch by batch."
         items = list(self.learn.dls.train.items)
@@ -99,7 +100,7 @@ def in_8_bits(gate: Gate, work: Work, learn: Learner, graph: bytes, kind: str) -
         q = learn.quantize('qat', epochs=max(1, work.epochs//2), seed=work.seed)
         return Candidate(graph_of(q), f'trained for it, {quantized_share(q.model.graph):.1%} of the weights in 8 bits', learn, True)
     if kind == 'dynamic': made, in_float = quantize_dynamic(graph, .5), []
-    else: made, in_float = _static(gate, graph, work.calibration())
+    else: made, in_float = _static(gate, graph, work.calibration)
     made = compact(made)
     return Candidate(made, f'{quantized_share(made):.1%} of the weights in 8 bits' + (f'; in float stayed {few(in_float)}' if in_float else ''), learn, True)
 
@@ -115,10 +116,10 @@ def _static(gate: Gate, graph: bytes, batches: list[np.ndarray]) -> tuple[bytes,
 def _change(before: Learner, after: Learner) -> str: return f'{total_params(before.model)[0]:,} → {total_params(after.model)[0]:,} parameters'
 
 
-def search(gate: Gate, work: Work, targets: Targets, budget: Budget, prune: bool, quantize: str | None):
-    "Try to meet `targets` with the network itself, then with the student, while there is time; deliver what is best."
-    tried = Route(gate, work, targets, budget, prune, quantize, work.learn, '').tried()
-    if work.net and budget.allows(work.net.arch): tried += Route(gate, work, targets, budget, prune, quantize, work.distilled(), work.net.arch).tried()
+def search(gate: Gate, work: Work, budget: Budget, prune: bool, quantize: str | None):
+    "Try to meet the targets of `gate` with the network itself, then with the student, while there is time; deliver what is best."
+    tried = Route(gate, work, budget, prune, quantize, work.learn, '').tried()
+    if work.net and budget.allows(work.net.arch): tried += Route(gate, work, budget, prune, quantize, work.distilled(), work.net.arch).tried()
     gate.choose(tried)
 
 
@@ -127,7 +128,6 @@ class Route:
     "What may come of the network of `base`, called `name`."
     gate: Gate
     work: Work
-    targets: Targets
     budget: Budget
     prune: bool
     quantize: str | None
@@ -163,9 +163,6 @@ class Route:
     @cached_property
     def xb(self) -> tuple: return tuple(self.base.dls.one_batch()[:1])
 
-    @cached_property
-    def calibration(self) -> list[np.ndarray]: return self.work.calibration()
-
     def title(self, share: float = 0., how: str = '', kind: str | None = None) -> str:
         cut = f'prune {share:.0%} {how}'.strip() if share else how
         return ', '.join(filter(None, (self.name, cut, self.quantize and f'quantize ({kind or self.quantize})'))) or 'as it is'
@@ -181,14 +178,14 @@ class Route:
             nets[share] = net
             if (key := tuple(widths(net))) not in costs: costs[key] = remember('cost of a cut', lambda: self._cost(net))
             return costs[key]
-        share = least_cut(cost, self.targets, most)
-        print(f'{self.title()}: {share:.0%} of the channels must go for {self.targets}', flush=True)
+        share = least_cut(cost, self.gate.targets, most)
+        print(f'{self.title()}: {share:.0%} of the channels must go for {self.gate.targets}', flush=True)
         return share, nets[share]
 
     def _cost(self, net: nn.Module) -> tuple[int, float]:
         "Bytes and ms of a network that is not trained yet."
         graph = graph_of(Learner(self.base.dls, net, self.base.loss_func))
-        if self.quantize: graph = compact(quantize_dynamic(graph) if self.quantize == 'dynamic' else quantize_static(graph, self.calibration))
+        if self.quantize: graph = compact(quantize_dynamic(graph) if self.quantize == 'dynamic' else quantize_static(graph, self.work.calibration))
         return len(graph), medians(image_times({'it': Graph(graph, threads=1)}, self.gate.contract['size']))['it']
 
     def _does(self, tried: list, title: str, student: Callable[[], Learner], kind: str | None = None) -> bool:
@@ -197,5 +194,5 @@ class Route:
         def make():
             graph = graph_of(learn := student())
             return in_8_bits(self.gate, self.work, learn, graph, kind) if kind else Candidate(graph, _change(self.work.learn, learn), learn)
-        if one := self.gate.consider(title, make, self.targets): tried.append(one)
+        if one := self.gate.consider(title, make): tried.append(one)
         return one is not None and one.fine and one.excess <= 1

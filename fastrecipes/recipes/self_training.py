@@ -24,7 +24,6 @@ from fastrecipes.report.intervals import Difference, Estimate
 from fastrecipes.report.run_folder import RunFolder
 from fastrecipes.technique import plan
 from fastrecipes.training.distributed import one_process
-from fastrecipes.training.reproducibility import seed_everything
 from fastrecipes.training.resume import remember
 from fastrecipes.training.transfer import backbone
 
@@ -145,7 +144,6 @@ def noisy_student(path, unlabelled, arch: str = 'resnet18', *, student: str | No
             "A network of this recipe, its pixels normalised as its own weights want them."
             print(f'{title}: {name}, {len(dls.train)} batches an epoch …', flush=True)
             if pretrained and name != arch: dls = normalized_by(dls, None)
-            seed_everything(own)                                # image_classifier draws the body before it seeds
             learn = image_classifier(dls, name, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule, seed=own, **usual, **noise)
             learn.dls = labelled_alone(learn.dls)               # what is exported knows no unlabelled file, and what goes on from here finds plain classes
             if isinstance(learn.loss_func, SoftCrossEntropy): learn.loss_func = CrossEntropyLossFlat()

@@ -34,7 +34,7 @@ def bounds(learn):
     "Megabytes in 8 bits: whole, and with half of the channels."
     work = compressing.Work(learn, None, 1, 1e-3, 42, {})
     gate = type('', (), dict(contract=compressing.input_contract(learn)))
-    route = compressing.Route(gate, work, None, None, True, 'static', learn, '')
+    route = compressing.Route(gate, work, None, True, 'static', learn, '')
     return [route._cost(net)[0]/1e6 for net in (learn.model, route._everywhere(learn, .5))]
 
 
@@ -57,7 +57,7 @@ def test_nothing_is_cut_where_8_bits_are_enough(learn, bounds):
 def test_what_cannot_be_met_is_told_and_the_network_stays(learn, kwargs, why):
     small = compress(learn, **kwargs, tolerance=100., epochs=1, lr=1e-3)
     (_, tried) = small.stages
-    assert not tried.kept and re.search(why, tried.reason) and 'Nothing was kept' in small.verdict
+    assert not tried.kept and re.search(why, tried.reason) and 'Nothing was kept' in small.verdict and small.targets and small.word(tried) == 'tried'
 
 
 class Killed(BaseException): pass
@@ -73,10 +73,10 @@ def test_where_too_much_is_lost_every_way_is_tried_and_a_killed_search_goes_on(l
     assert [s.name for s in whole.stages] == [w.format(share) for w in WAYS]
     assert not any(s.kept for s in whole.stages[1:]) and whole.accepted is whole.original
     consider, met = compressing.Gate.consider, []
-    def kill(gate, name, make, targets):
+    def kill(gate, name, make):
         met.append(name)
         if len(met) == 3: raise Killed
-        return consider(gate, name, make, targets)
+        return consider(gate, name, make)
     monkeypatch.setattr(compressing.Gate, 'consider', kill)
     with pytest.raises(Killed): searched(learn, bounds, out=str(tmp_path/'killed'))
     monkeypatch.setattr(compressing.Gate, 'consider', consider)
