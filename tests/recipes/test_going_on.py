@@ -9,29 +9,14 @@ from fastrecipes.production.timing import surely
 from fastrecipes.recipes.classify import image_classifier
 from fastrecipes.recipes.compress import compress
 from fastrecipes.recipes.pipeline import pipeline
-from fastrecipes.training import resume
+
+from .dying import killed
 
 RECIPE = dict(arch='resnet18', student='resnet10t', prune=.5, tolerance=60., epochs=1, lr=3e-3, size=16, bs=32, pretrained=False, valid=.3, test=.2, augment=dict(flip=False))
 
 
-class Killed(BaseException): pass
-
-
 @pytest.fixture
 def data(tmp_path): return digits(tmp_path/'digits', imbalance=100)
-
-
-def killed(monkeypatch, run, name, n):
-    "`run()` dies right after the `n`-th time that the file `name` is written among its checkpoints."
-    write, times = resume._write, []
-    def die(file, state):
-        write(file, state)
-        times.extend([1]*(file.name == name))
-        if len(times) == n: raise Killed
-    with monkeypatch.context() as m:
-        m.setattr(resume, '_write', die)
-        m.setattr(resume, 'BUDGET', 1e9)         # after every batch
-        with pytest.raises(Killed): run()
 
 
 def weights(learn): return list(learn.model.state_dict().values())

@@ -13,12 +13,10 @@ from fastrecipes.data.samples import digits
 from fastrecipes.recipes import self_training
 from fastrecipes.recipes.self_training import noisy_student
 from fastrecipes.report.run_folder import load_run
-from fastrecipes.training import resume
+
+from .dying import killed
 
 RECIPE = dict(arch='test_resnet', pretrained=False, size=16, epochs=2, lr=3e-3, bs=16, valid=.25, test=.25, augment=dict(flip=False), rounds=2, threshold=0., balance=False)
-
-
-class Killed(BaseException): pass
 
 
 @pytest.fixture(scope='module')
@@ -102,18 +100,9 @@ def test_what_is_left_behind(run, data):
 
 def test_a_killed_run_goes_on_and_ends_the_same(run, data, tmp_path, monkeypatch):
     "Killed in the teacher's training, once it has labelled, in the first student's, in the control's."
-    write, again = resume._write, lambda: noisy_student(*data, **RECIPE, out=str(tmp_path/'run'))
+    again = lambda: noisy_student(*data, **RECIPE, out=str(tmp_path/'run'))
     last = f'{len(run.rounds)}.pt'
-    for name, n in (('1.pt', 2), ('journal.pt', 1), ('2.pt', 3), (last, 2)):
-        times = []
-        def die(file, state):
-            write(file, state)
-            times.extend([1]*(file.name == name))
-            if len(times) == n: raise Killed
-        with monkeypatch.context() as m:
-            m.setattr(resume, '_write', die)
-            m.setattr(resume, 'BUDGET', 1e9)
-            with pytest.raises(Killed): again()
+    for name, n in (('1.pt', 2), ('journal.pt', 1), ('2.pt', 3), (last, 2)): killed(monkeypatch, again, name, n)
     there = again()
     plain = lambda r: {k: v for k, v in r.record().items() if k != 'seconds'}
     assert list(map(plain, there.rounds)) == list(map(plain, run.rounds)) and there.difference == run.difference

@@ -19,12 +19,10 @@ from fastrecipes.recipes import validate
 from fastrecipes.recipes.classify import image_classifier
 from fastrecipes.recipes.validate import check_folds, cross_validate, log_loss
 from fastrecipes.report.intervals import Loss, accuracy, over_folds
-from fastrecipes.training import resume
+
+from .dying import killed
 
 RECIPE = dict(arch='resnet10t', pretrained=False, size=16, epochs=2, lr=3e-3, bs=16, augment=dict(flip=False))
-
-
-class Killed(BaseException): pass
 
 
 @pytest.fixture(scope='module')
@@ -112,19 +110,10 @@ def test_a_fold_is_what_image_classifier_trains_on_the_others(data, measured):
 
 def test_a_killed_run_goes_on_and_finished_folds_are_not_trained_again(data, measured, tmp_path, monkeypatch):
     "Killed in the middle of the first fold, right after it came to its end, and in the second."
-    trained, make, write = [], validate.image_classifier, resume._write
+    trained, make = [], validate.image_classifier
     monkeypatch.setattr(validate, 'image_classifier', lambda *a, **kw: (trained.append(kw['seed']), make(*a, **kw))[1])
     again = lambda: cross_validate(data, folds=3, **RECIPE, out=str(tmp_path/'run'))
-    for name, n in (('1.pt', 3), ('journal.pt', 1), ('1.pt', 5)):
-        times = []
-        def die(file, state):
-            write(file, state)
-            times.extend([1]*(file.name == name))
-            if len(times) == n: raise Killed
-        with monkeypatch.context() as m:
-            m.setattr(resume, '_write', die)
-            m.setattr(resume, 'BUDGET', 1e9)
-            with pytest.raises(Killed): again()
+    for name, n in (('1.pt', 3), ('journal.pt', 1), ('1.pt', 5)): killed(monkeypatch, again, name, n)
     result = again()
     own = [key_of(42, 'fold', k) % 2**32 for k in range(3)]
     assert trained == [own[0], own[0], own[1], own[1], own[2]]
