@@ -1,14 +1,16 @@
 "Arguments against the types their function declares: a wrong one is a sentence before any work, not a comparison that fails inside it."
 import inspect
+from functools import wraps
 from numbers import Integral, Real
+from os import PathLike
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin
 
 from fastrecipes.errors import BadName, BadValue, nearest
 
-__all__ = ['bound', 'check_names', 'check_types']
+__all__ = ['bound', 'check_names', 'check_types', 'checked']
 
-KINDS = {float: (Real, 'a number'), int: (Integral, 'a whole number'), str: (str, 'text'), bool: (bool, 'True or False'), NoneType: (NoneType, 'None')}
+KINDS = {float: (Real, 'a number'), int: (Integral, 'a whole number'), str: ((str, PathLike), 'text'), bool: (bool, 'True or False'), NoneType: (NoneType, 'None')}
 
 
 def bound(who: str, f, *args, **kwargs) -> dict:
@@ -20,6 +22,25 @@ def bound(who: str, f, *args, **kwargs) -> dict:
     except TypeError as e: raise BadName(f'{who}: {e}; it takes {", ".join(takes[1:]) or "no arguments"}') from None
     check_types(f, arguments, who)
     return arguments
+
+
+def checked(f, techniques=None):
+    """`f` with its arguments looked at before it runs: a keyword that it does not take and a value of another type are a sentence each, `TypeError` and `ValueError`.
+
+    `techniques()`: the names that a function of `**techniques` takes beside its own."""
+    signature = inspect.signature(f)
+    takes = [n for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD]
+    @wraps(f)
+    def call(*args, **kwargs):
+        if not techniques: check_names(f.__name__, kwargs, takes)
+        else:
+            for name in set(kwargs) - {*takes, *(there := techniques())}:
+                raise BadName(f'{f.__name__}: no argument and no technique named {name!r}{nearest(name, [*takes, *there]) or ";"} help({f.__name__}) and `fastrecipes ls` list them')
+        try: given = signature.bind(*args, **kwargs).arguments
+        except TypeError as e: raise BadName(f'{f.__name__}: {e}; it takes {", ".join(takes)}') from None
+        check_types(f, given)
+        return f(*args, **kwargs)
+    return call
 
 
 def check_names(who: str, given, takes: list[str]):

@@ -2,9 +2,12 @@
 import inspect
 import json as jsonlib
 import re
+from importlib import import_module
 from itertools import chain, combinations, groupby, repeat
 from string import ascii_letters
 from textwrap import fill
+
+from fastai.basics import Learner
 
 from fastrecipes.errors import BadName, nearest
 from fastrecipes.flags import flags_of, section_of
@@ -17,19 +20,43 @@ def ls(name: str | None = None, *, matrix: bool = False, json: bool = False) -> 
     """List the techniques, tell all about one, or show which go together.
 
     Args:
-        name: a technique
+        name: a technique; or a method or recipe, of which it tells the arguments
         matrix: show which techniques go together, and say why others do not
         json: print records instead of text
     """
     techniques = discover()
     if name is not None and name not in techniques:
-        found = nearest(name, techniques) or ';'
+        others = _others(techniques)
+        if (other := name.replace('-', '_')) in others and not matrix: return print(jsonlib.dumps(others[other], indent=2, ensure_ascii=False) if json else _page(others[other]))
+        found = nearest(name, techniques if matrix else [*techniques, *others]) or ';'
         raise BadName(f'ls: no technique named {name!r}{found} `fastrecipes ls` lists the {len(techniques)} there are')
     if matrix: records = pairs(techniques.values(), name)
     else: records = record(techniques[name]) if name else [record(t) for t in techniques.values()]
     if json: print(jsonlib.dumps(records, indent=2, ensure_ascii=False, default=str))
     elif matrix: print(company(techniques[name], techniques.values()) if name else composition(techniques.values()))
     else: print(card(techniques[name]) if name else listing(techniques.values()))
+
+
+def _others(techniques) -> dict[str, dict]:
+    "What there is beside techniques: the methods that a Learner has of ours, and the functions that `fastrecipes.all` gives, as records by name."
+    ours = lambda f: callable(f) and getattr(f, '__module__', '').startswith('fastrecipes') and inspect.getdoc(f)
+    methods = {n: dict(name=n, kind='method', call=f'learn.{n}{_signature(f, 1)}', doc=inspect.getdoc(f))
+               for n, f in inspect.getmembers(Learner, inspect.isfunction) if ours(f) and not n.startswith('_') and n not in techniques}
+    functions = {n: dict(name=n, kind='function', call=f'{n}{_signature(f)}', doc=inspect.getdoc(f))
+                 for n, f in vars(import_module('fastrecipes.all')).items() if inspect.isfunction(f) and ours(f)}
+    return {**functions, **methods}
+
+
+def _signature(f, skip: int = 0) -> str:
+    "How `f` is called, types by their own names."
+    signature = inspect.signature(f)
+    return _short(str(signature.replace(parameters=list(signature.parameters.values())[skip:], return_annotation=signature.empty)))
+
+
+def _short(types: str) -> str: return re.sub(r'\b(?:[a-z_]\w*\.)+(?=[A-Z])', '', types)
+
+
+def _page(other: dict) -> str: return f'{other["call"]}\n\n{other["doc"]}\n\na {other["kind"]}, and no technique: it is called, and recipes take no keyword for it'
 
 
 def listing(techniques) -> str:
@@ -85,7 +112,7 @@ def _in_order(techniques) -> list[Technique]:
 
 def card(t: Technique) -> str:
     "All that is known of `t`, for a terminal."
-    signature = re.sub(r'\b(?:[a-z_]\w*\.)+(?=[A-Z])', '', ', '.join(str(p) for p in t.parameters.values()))
+    signature = _short(', '.join(map(str, t.parameters.values())))
     first = next(iter(t.parameters.values()), None)
     value = first and (repr(first.default) if first.default not in (first.empty, None) else f'<{first.name}>')
     rows = [('section', section_of(t)), ('stage', t.stage), ('source', t.source), ('touches', ', '.join(t.touches)),

@@ -7,12 +7,14 @@ import numpy as np
 import torch
 from fastai.basics import Callback, CancelEpochException, L, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, Recorder, noop, patch
 from fastai.callback.mixup import MixHandler
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
 from torch import nn
 from torch.nn import functional as F
 
 from fastrecipes.errors import BadValue, nearest
+from fastrecipes.files import whole
 
 __all__ = ['REPAIRS', 'fitting', 'is_trial', 'orientation']
 REPAIRS = os.environ.get('FASTRECIPES_REPAIRS', '1') != '0'
@@ -84,6 +86,11 @@ if REPAIRS:
         if level == 'fit' and 'tmp_p' in vars(self): self.after_fit()
 
     @patch
+    def abort(self: ProgressCallback, level: str):      # noqa: F811
+        "Close the bars and give the Learner its logger back: fastai 2.8.12 leaves its own, a bar that cannot be pickled, and nothing of an interrupted fit is exported."
+        if level == 'fit': self.after_fit()
+
+    @patch
     def __call__(self: Callback, event_name):
         "Answer an event. fastai 2.8.12 replaces an exception that has no message by an IndexError of its own, for it reads `e.args[0]`."
         try: return self._orig___call__(event_name)
@@ -153,10 +160,22 @@ if REPAIRS:
 
     @patch
     def export(self: Learner, fname='export.pkl', pickle_module=cloudpickle, pickle_protocol=2):
-        "Save what inference needs. When it cannot be pickled, fastai 2.8.12 leaves the Learner without data and optimizer; later fits train nothing."
+        """Save what inference needs, whole or not at all. When it cannot be pickled, fastai 2.8.12 leaves half a file, and the Learner
+        without data and optimizer: later fits train nothing."""
         dls, opt = self.dls, self.opt
-        try: self._orig_export(fname, pickle_module, pickle_protocol)
+        try:
+            with whole(self.path/fname) as tmp: self._orig_export(tmp.absolute(), pickle_module, pickle_protocol)
         finally: self.dls, self.opt = dls, opt
+
+    @patch
+    def load(self: Learner, file, device=None, **kwargs):
+        "Load weights (and the optimizer). Of those of another network fastai 2.8.12 prints torch's page of sizes: here a sentence names the first layer that differs."
+        try: return self._orig_load(file, device=device, **kwargs)
+        except RuntimeError as e:
+            if 'Error(s) in loading state_dict' not in str(e): raise
+            first = str(e).splitlines()[1].strip().rstrip('. ')
+            raise BadValue(f'load: {file} holds the weights of another network: {first[0].lower()}{first[1:]}. Build the Learner as it was when they were saved '
+                           '(slim, norm, coordconv and their like change its layers), or export it, and read that with load_learner') from e
 
     @patch
     def activation(self: LabelSmoothingCrossEntropyFlat, out): return F.softmax(out, self.axis)     # fastai 2.8.12 takes the last axis, a mask's width

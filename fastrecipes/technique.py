@@ -20,7 +20,7 @@ from fastrecipes.errors import BadName, BadValue, UserError, nearest
 from fastrecipes.files import writes
 
 __all__ = ['STAGES', 'TECHNIQUES', 'RECIPE_PARAMETERS', 'Technique', 'Applied', 'TechniqueCallback', 'technique', 'put', 'say',
-           'plan', 'discover']
+           'plan', 'discover', 'check_changeable']
 
 STAGES = ('data', 'model', 'loss', 'optim', 'train')
 RECIPE_PARAMETERS = frozenset('path arch epochs lr size bs valid test pretrained weights schedule seed out workers overwrite'.split())
@@ -127,6 +127,7 @@ def technique(stage: str, *, section, source: str, touches=(), after=(), before=
         @wraps(f)
         def method(self, *args, **kwargs):
             arguments = bound(name, f, self, *args, **kwargs)
+            check_changeable(self, name)
             for other in applied(self): _refuse(name, other)
             previous = applied(self).pop(name, None)
             applied(self)[name] = Applied(dict(list(arguments.items())[1:]))
@@ -143,6 +144,11 @@ def technique(stage: str, *, section, source: str, touches=(), after=(), before=
         setattr(Learner, name, SharedName(method) if name in SHARED else method)
         return method
     return register
+
+
+def check_changeable(learn: Learner, who: str):
+    "Raise the sentence of a network that says it is `fixed`, as one in 8 bits is."
+    if why := getattr(vars(learn).get('model'), 'fixed', None): raise BadValue(f'{who}: {why}')
 
 
 SHARED = ('loss', 'normalize')  # attributes that fastai gives a Learner, and that would hide a method for good

@@ -1,4 +1,5 @@
 "Arguments against their types: what passes, and the sentence for what does not."
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -6,7 +7,7 @@ import pytest
 import torch
 from fastai.basics import Learner, nn
 
-from fastrecipes.arguments import bound, check_types
+from fastrecipes.arguments import bound, check_types, checked
 from fastrecipes.technique import discover
 
 discover()
@@ -31,6 +32,25 @@ def test_what_does_not(bad, message):
 def test_an_unknown_or_missing_argument_names_who_objects_and_the_nearest():
     with pytest.raises(TypeError, match="f: no argument 'alpa'; did you mean 'alpha'"): bound('f', f, None, alpa=.4)
     with pytest.raises(TypeError, match='f: missing a required argument'): bound('f', f)
+
+
+def test_a_function_that_looks_at_its_arguments_first():
+    ran = []
+    @checked
+    def compress(learn, epochs: int = 5): ran.append((learn, epochs))
+    @partial(checked, techniques=lambda: {'mixup': None})
+    def train(path, epochs: int = 5, **techniques): ran.append((path, epochs, techniques))
+    for call, error, message in ((lambda: compress('l', epoch=3), TypeError, "^compress: no argument 'epoch'; did you mean 'epochs'.* It takes learn, epochs"),
+                                 (lambda: compress('l', epochs='3'), ValueError, "^epochs must be a whole number, got '3'"),
+                                 (lambda: compress(epochs=3), TypeError, "^compress: missing a required argument: 'learn'; it takes learn, epochs"),
+                                 (lambda: compress('l', 3, 4), TypeError, '^compress: too many positional arguments'),
+                                 (lambda: train('p', epoch=3), TypeError, "^train: no argument and no technique named 'epoch'; did you mean 'epochs'"),
+                                 (lambda: train('p', mixap=3), TypeError, "named 'mixap'; did you mean 'mixup'"), (lambda: train('p', techniques=1), TypeError, "named 'techniques'")):
+        with pytest.raises(error, match=message): call()
+    assert not ran
+    compress('l', epochs=3)
+    train('p', mixup=.4)
+    assert ran == [('l', 3), ('p', 5, dict(mixup=.4))]
 
 
 def test_without_a_name_the_argument_objects_itself():

@@ -84,3 +84,18 @@ def test_the_matrix_as_records_has_every_pair_once(capsys):
     assert refused == {frozenset((a, b)): why for a, t in TECHNIQUES.items() for b, why in t.refuses.items()}
     assert cli.main(['ls', 'balance', '--matrix', '--json']) == 0
     assert len(json.loads(capsys.readouterr().out)) == n-1
+
+
+@pytest.mark.parametrize('name, first, kind', [('quantize', "learn.quantize(kind: Literal['static', 'dynamic', 'qat'] = 'static', *, tolerance", 'method'),
+                                               ('noisy-student', 'noisy_student(path, unlabelled, arch: str = ', 'function'), ('fit_sgdr', 'learn.fit_sgdr(n_cycles, ', 'method')])
+def test_methods_and_recipes_have_a_page_too(capsys, name, first, kind):
+    assert cli.main(['ls', name]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(first) and f'a {kind}, and no technique' in said and 'Raises' in said
+    assert cli.main(['ls', name, '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['kind'] == kind
+
+
+def test_the_nearest_method_is_named(capsys):
+    assert cli.main(['ls', 'sensitivty']) == 2
+    assert "did you mean 'sensitivity'" in capsys.readouterr().err

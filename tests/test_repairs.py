@@ -8,6 +8,7 @@ import pytest
 import torch
 from fastai.basics import SGD, BaseLoss, Callback, CancelFitException, CrossEntropyLossFlat, MSELossFlat, nn
 from fastai.callback.mixup import MixUp
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.losses import LabelSmoothingCrossEntropyFlat
 from torch.nn import functional as F
@@ -244,3 +245,33 @@ def test_an_attribute_that_is_not_there_is_the_learners_and_the_nearest_is_named
     learn = toy()
     with pytest.raises(AttributeError, match="neither this Learner nor its Linear has an attribute 'label_smoothingg'; did you mean 'label_smoothing'"): learn.label_smoothingg(.1)
     assert learn.parameters and not hasattr(learn, 'nothing')        # the model's are still reached
+
+
+def test_a_fit_that_is_interrupted_leaves_the_logger_and_the_learner_can_be_exported(toy, tmp_path):
+    learn = toy(path=tmp_path)
+    learn.add_cb(ProgressCallback())
+    before = learn.logger
+    class Late(Callback):
+        def after_batch(self): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Late())
+    assert learn.logger == before and not hasattr(learn.progress, 'mbar')
+    learn.export()
+    assert (tmp_path/'export.pkl').stat().st_size
+
+
+def test_an_export_that_fails_leaves_the_file_that_was_there(toy, tmp_path):
+    learn = toy(path=tmp_path)
+    learn.export()
+    before = (tmp_path/'export.pkl').read_bytes()
+    learn.unpicklable = (i for i in range(3))
+    with pytest.raises(TypeError): learn.export()
+    assert (tmp_path/'export.pkl').read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ['export.pkl']
+
+
+def test_weights_of_another_network_are_refused_in_a_sentence(toy, tmp_path):
+    toy(path=tmp_path, model=nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))).save('wide')
+    learn = toy(path=tmp_path, model=nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3)))
+    with pytest.raises(ValueError, match=r'^load: wide holds the weights of another network: size mismatch for 0.weight.*\(slim, ') as e: learn.load('wide')
+    assert len(str(e.value).splitlines()) == 1
+    learn.save('own')
+    assert learn.load('own') is learn

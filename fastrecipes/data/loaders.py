@@ -75,7 +75,7 @@ def as_dataloaders(data, *, bs: int = 64, valid: float = .2, test: float = .1, s
     if isinstance(data, (tuple, list)) and len(data) > 1 and all(isinstance(o, (Dataset, DataLoader)) for o in data):
         return _from_parts(data, bs, seed)
     raise BadValue(f'path: a folder, fastai DataLoaders, a torch Dataset, or a tuple (train, valid[, test]) of these or of torch '
-                   f'DataLoaders, got {type(data).__name__}')
+                   f'DataLoaders, got {type(data).__name__}' + ('; its data are its .dls' if hasattr(data, 'dls') else ''))
 
 
 def _from_parts(parts, bs, seed) -> DataLoaders:

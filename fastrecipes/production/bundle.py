@@ -79,7 +79,7 @@ def write_bundle(learn: Learner, path, *, overwrite: bool = False, accepted: byt
     path = Path(path)
     _check_target(path, overwrite)
     contract, items = input_contract(learn), list(learn.dls.valid.items)
-    if not items: raise BadValue('ship: there is no validation image to verify the bundle on; give the Learner its data back')
+    if not items: raise BadValue('ship: there is no validation image to verify the bundle on; set learn.dls to DataLoaders that have some, for an exported Learner has none')
 
     tmp = _beside(path)
     try:

@@ -1,20 +1,25 @@
 "Learn from a bigger network: its probabilities say more of an image than one label does."
+import warnings
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-from fastai.basics import Learner, load_learner, nn
+from fastai.basics import Learner, load_learner, nn, to_detach, to_device
 from fastai.callback.hook import total_params
 from torch.nn import functional as F
 
 from fastrecipes.data.statistics import PixelMap, normalization_of
-from fastrecipes.errors import BadValue, NotThere
+from fastrecipes.errors import BadValue, NotThere, few
 from fastrecipes.objective import Objective, cross_entropy_of, objective
+from fastrecipes.production.export import input_contract
 from fastrecipes.production.matching import Match, match
+from fastrecipes.randomness import forked
 from fastrecipes.technique import TechniqueCallback, put, say, technique
 from fastrecipes.training.precision import device_of
 
 __all__ = ['Distill', 'Renormalize', 'soft_divergence']
+
+FEW = 20                # validation samples, below which an accuracy says nothing
 
 
 def soft_divergence(student: torch.Tensor, teacher: torch.Tensor, T: float = 4., axis: int = -1) -> torch.Tensor:
@@ -66,7 +71,7 @@ def distill(self: Learner, teacher: Learner | nn.Module | str, T: float = 4., al
             layers: dict[str, str] | None = None) -> Learner:
     """Train a network on what a teacher says of each image, beside its label.
 
-    `teacher`: a Learner, a network, or the run folder or file of an exported Learner; it is copied, frozen, in evaluation mode, and
+    `teacher`: a Learner, a network, or the run folder or file of an exported Learner (a pickle: load those of your own only); it is copied, frozen, in evaluation mode, and
     sees the same (mixed, augmented) batch, normalised as it was trained. `T` > 0 softens both answers. `alpha` in [0, 1] is the
     weight of the teacher; the rest is the training loss as it was. A small student becomes a faster model of nearly the teacher's
     accuracy, given epochs enough: at equal epochs the gain is near zero. Validation loss stays the data's own.
@@ -91,9 +96,35 @@ def distill(self: Learner, teacher: Learner | nn.Module | str, T: float = 4., al
     if paired: self.add_cb(paired)
     sizes = [total_params(m)[0] for m in (net, self.model)]
     effect = f'a teacher of {sizes[0]:,} parameters for a student of {sizes[1]:,}'
+    said, doubt = _standing(self, net)
+    effect += said + (_other_size(self, teacher) if doubt else '')
     if paired: effect += '; maps matched: ' + ', '.join(f'{b} → {a}' for a, b in paired.pairs)
-    say(self, 'distill', effect)
+    say(self, 'distill', effect, aloud=doubt)
     return self
+
+
+def _standing(student: Learner, net: nn.Module) -> tuple[str, bool]:
+    "How often the teacher is right on one batch of the student's validation samples, in words, and whether that is no better than one class for all."
+    loaders, axis = student.dls.loaders, cross_entropy_of(student.loss_func).axis
+    if len(loaders) < 2 or not len(loaders[1].dataset): return '', False
+    with forked('distill'), torch.no_grad():
+        batch = to_detach(to_device(loaders[1].one_batch(), device_of(student)), cpu=False)
+        n_inp = getattr(student.dls, 'n_inp', max(1, len(batch)-1))
+        xb, yb = batch[:n_inp], batch[n_inp:]
+        try: said = net.to(device_of(student)).eval()(*xb)
+        except RuntimeError as e: raise BadValue(f"distill: the teacher cannot take the student's batches: {str(e).splitlines()[0]}") from e
+    if len(yb) != 1 or yb[0].is_floating_point() or said.ndim < 2 or said.argmax(axis).numel() != yb[0].numel(): return '', False
+    y = yb[0].as_subclass(torch.Tensor).flatten()
+    right, most = float((said.as_subclass(torch.Tensor).argmax(axis).flatten() == y).float().mean()), float(y.bincount().max()/len(y))
+    poor = right <= most and len(loaders[1].dataset) >= FEW
+    return f'; the teacher is right on {right:.1%} of a validation batch' + (f', and one class for all on {most:.1%}: it has little to teach' if poor else ''), poor
+
+
+def _other_size(student: Learner, teacher) -> str:
+    "That the teacher was trained on images of another size, where both say theirs."
+    try: ours, theirs = (input_contract(o)['size'] for o in (student, teacher))
+    except (BadValue, AttributeError): return ''
+    return '' if ours == theirs else f'. Its images were {theirs[0]}×{theirs[1]} px, these are {ours[0]}×{ours[1]}'
 
 
 def _renormalized(net) -> bool: return isinstance(net, nn.Sequential) and len(net) == 2 and isinstance(net[0], Renormalize)
@@ -106,7 +137,7 @@ def _teacher(student: Learner, teacher) -> nn.Module:
     if not isinstance(net, nn.Module): raise BadValue(f'distill: teacher must be a Learner, a network or the path of an exported Learner, got {type(teacher).__name__}')
     if isinstance(teacher, Learner):
         ours, theirs = (list(map(str, getattr(o.dls, 'vocab', None) or [])) for o in (student, teacher))
-        if ours != theirs: raise BadValue(f'distill: the teacher knows the classes {theirs}, the student is to learn {ours}')
+        if ours and theirs and ours != theirs: raise BadValue(f'distill: the teacher knows the classes {few(theirs)}, the student is to learn {few(ours)}')
         one, two = normalization_of(student), normalization_of(teacher)
         if not _same(one, two): net = nn.Sequential(Renormalize(one, two), net)
     return net.eval().requires_grad_(False)
@@ -118,4 +149,6 @@ def _same(one: PixelMap | None, two: PixelMap | None) -> bool: return one is two
 def _loaded(path: Path) -> Learner:
     file = path/'learner.pkl' if path.is_dir() else path
     if not file.is_file(): raise NotThere(f'distill: no exported Learner {file}; give a run folder, or the file that `learn.export` wrote')
-    return load_learner(file)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*load_learner.* uses Python', UserWarning)       # of pickles of others: who names a teacher trusts it
+        return load_learner(file)

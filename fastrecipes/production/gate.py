@@ -69,6 +69,12 @@ class Stage:
         return cls(**{k: kinds[k](**v) if k in kinds else v for k, v in record.items()})
 
 
+class Onnx(bytes):
+    "An ONNX graph, to write to a file or run; shown, it says how large it is."
+    def __repr__(self): return f'<an ONNX graph of {len(self)/1e3:,.1f} kB>'
+    __str__ = __repr__
+
+
 @dataclass(repr=False)
 class Compressed:
     """What `compress` accepted: `.learn`, the float student; `.onnx`, the graph, as bytes; `.stages`, the table, the original first.
@@ -84,6 +90,8 @@ class Compressed:
     quantized: bool = False
     control: Stage | None = None
     targets: Targets = Targets()
+
+    def __post_init__(self): self.onnx = Onnx(self.onnx)
 
     @property
     def original(self) -> Stage: return self.stages[0]
@@ -130,8 +138,8 @@ class Compressed:
         "What came of it, in one sentence."
         if self.accepted is self.original: return 'Nothing was kept: the network is as it was' + (f', and {self.targets} were asked for' if self.targets else '')
         g = self.gains
-        return (self._aim + f'{g["smaller"]:.1f} times smaller than the original as .onnx; {g["faster_than_onnx"]:.1f} times as fast as the original in onnxruntime, '
-                f'{g["faster_than_torch"]:.1f} times as fast as in eager torch ({self.eager_ms:.2f} ms)')
+        return (self._aim + f'{g["smaller"]:.1f} times smaller than the original as .onnx; {_speed(g["faster_than_onnx"])} the original in onnxruntime, '
+                f'{_speed(g["faster_than_torch"])} in eager torch ({self.eager_ms:.2f} ms)')
 
     @property
     def _aim(self) -> str:
@@ -151,6 +159,11 @@ class Compressed:
     __repr__ = __str__                           # a notebook shows the table too
 
 
+def _speed(times: float) -> str:
+    "How many times as fast, or loudly that it is not."
+    return f'{times:.1f} times as fast as' if times >= LESS else f'SLOWER, {1/times:.2f} times the time of'
+
+
 def costs_too_much(change: Difference | None, tolerance: float) -> bool:
     "Whether an accuracy fell by more than `tolerance` points."
     return change is not None and 100*change.value < -tolerance - 1e-9
@@ -167,7 +180,7 @@ class Gate:
     def __init__(self, learn: Learner, tolerance: float, targets: Targets = Targets()):
         self.tolerance, self.targets, self.contract = tolerance, targets, input_contract(learn)
         loaders = learn.dls.loaders
-        if not len(loaders[1].items): raise BadValue('compress: there is no validation image to judge a stage by; give the Learner its data back')
+        if not len(loaders[1].items): raise BadValue('compress: there is no validation image to judge a stage by; set learn.dls to DataLoaders that have some')
         self.sides = {name: (list(dl.items), labels_of(dl)) for name, dl in zip(('valid', 'test'), loaders[1:]) if len(dl.items)}
         self.learn, self.eager = learn, served(learn)
         self.graph = graph_of(learn, self.eager)

@@ -11,7 +11,7 @@ from fastrecipes.errors import BadValue, nearest
 from fastrecipes.files import writes
 from fastrecipes.production.pruning import KINDS, Prune, _weights, _zeros
 from fastrecipes.repairs import fitting, orientation
-from fastrecipes.technique import TechniqueCallback, applied, put, say
+from fastrecipes.technique import TechniqueCallback, applied, check_changeable, put, say
 from fastrecipes.training.resume import remember
 from fastrecipes.training.stopping import EarlyStop
 
@@ -175,6 +175,7 @@ def iterative_prune(self: Learner, epochs: int = 10, lr: float | None = None, *,
         if not 0 < v < most: raise BadValue(f'iterative_prune: {name} must be above 0 and {"below" if most == 1 else "at most"} 1, got {v}')
     for name, v, least in (('epochs', epochs, 1), ('patience', patience, 1), ('first', first, 0)):
         if v != int(v) or v < least: raise BadValue(f'iterative_prune: {name} must be a whole number ≥ {least}, got {v}')
+    check_changeable(self, 'iterative_prune')
     names = [m.name for m in self.metrics]
     if monitor not in names:
         there = ', '.join(names) or 'there is none: Learner(…, metrics=accuracy)'

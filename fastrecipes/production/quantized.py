@@ -23,8 +23,8 @@ from fastrecipes.technique import applied
 
 __all__ = ['Quantization', 'Quantized', 'network_graph', 'pixels_graph', 'quantization_table', 'quantized_learner']
 
-TRAIN = ("fit: a network in 8 bits cannot be trained, its weights are integers; fit the float Learner that it was made from, and call quantize() on that again "
-         "('qat' trains it for 8 bits)")
+FIXED = 'a network in 8 bits cannot be trained or changed, its weights are integers; {} the float Learner that it was made from, and call quantize() on that again'
+TRAIN = f"fit: {FIXED.format('fit')} ('qat' trains it for 8 bits)"
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class Quantized(nn.Module):
     """An ONNX graph as a network: takes what the float network took, any number of samples, and gives what it answered, in onnxruntime on the CPU.
 
     Tensors on another device come back to it. `told`: the `Quantization` that made it. It can be pickled, copied and saved; `train()` raises `ValueError`."""
+    fixed = FIXED.format('change')                      # what techniques are told
+
     def __init__(self, graph: bytes, told: Quantization | None = None, threads: int | None = None):
         super().__init__()
         self.graph, self.told, self.threads, self._run = graph, told, threads, None
@@ -150,7 +152,7 @@ def reason(e: BaseException) -> str:
 def two_samples(learn: Learner) -> tuple[torch.Tensor, ...]:
     "Inputs for the network of `learn`, two samples, on the CPU. Raises `ValueError` where they are no tensors."
     try: xb = seen[0] if (seen := first_sample(learn.dls)) is not None else tuple(learn.dls.one_batch()[:getattr(learn.dls, 'n_inp', 1)])
-    except ValueError as e: raise BadValue('quantize: there is no training sample to show the network; give the Learner its data back') from e
+    except ValueError as e: raise BadValue('quantize: there is no training sample to show the network; set learn.dls to DataLoaders with training images') from e
     if not all(isinstance(x, torch.Tensor) for x in xb): raise BadValue(f'quantize: the inputs must be tensors, got {", ".join(type(x).__name__ for x in xb)}')
     return tuple(torch.cat([x.detach().as_subclass(torch.Tensor).cpu()[:1]]*2) for x in xb)
 

@@ -50,7 +50,7 @@ def _validated(learn: Learner, *nets) -> tuple[list[torch.Tensor], tuple[torch.T
             i = getattr(learn.dls, 'n_inp', len(b)-1)
             for answers, net in zip(got, nets): answers.append(net(*b[:i]))
             ys.append(b[i:])
-    if not ys: raise BadValue('quantize: there is no validation sample to measure it by; give the Learner its data back')
+    if not ys: raise BadValue('quantize: there is no validation sample to measure it by; set learn.dls to DataLoaders that have some, for an exported Learner has none')
     return [torch.cat(o) for o in got], tuple(map(torch.cat, zip(*ys)))
 
 

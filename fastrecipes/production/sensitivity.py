@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from fastrecipes.errors import BadValue
 from fastrecipes.production.slimming import channel_groups, slimmed
+from fastrecipes.technique import check_changeable
 from fastrecipes.training.aside import aside
 from fastrecipes.training.precision import device_of
 
@@ -23,7 +24,7 @@ def equal_harm(harm: np.ndarray, tried, channels: np.ndarray, budget: float) -> 
     that. Raises `ValueError` where `budget` is not between 0 and the largest ratio."""
     tried, channels = np.asarray([0., *tried]), np.asarray(channels, float)
     if not 0 < budget <= tried[-1] + 1e-9:
-        raise BadValue(f'budget: the share of all channels to remove must be above 0 and at most the largest ratio tried, {tried[-1]:g}, got {budget}')
+        raise BadValue(f'ratios: budget, the share of all channels to remove, must be above 0 and at most the largest ratio tried, {tried[-1]:g}, got {budget}')
     harm = np.maximum.accumulate(np.concatenate([np.zeros((len(harm), 1)), np.maximum(harm, 0)], 1), 1)
 
     def at(level):
@@ -106,6 +107,7 @@ def sensitivity(self: Learner, ratios: tuple = (.25, .5, .75), n: int = 512, rou
     ratios = tuple(ratios) if isinstance(ratios, (tuple, list)) else (ratios,)
     if not ratios or any(not 0 < r < 1 for r in ratios) or list(ratios) != sorted(set(ratios)):
         raise BadValue(f'sensitivity: ratios must lie between 0 and 1, in ascending order, got {ratios}')
+    check_changeable(self, 'sensitivity')
     if n < 1: raise BadValue(f'sensitivity: n must be ≥ 1 image, got {n}')
     with aside(self, 'sensitivity'):
         model, device = get_model(self.model), device_of(self)

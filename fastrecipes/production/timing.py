@@ -12,7 +12,9 @@ WARM, PAIRS, PATIENCE = 3, 50, 4.       # rounds before the timing; rounds timed
 
 
 def interleaved(runs: Mapping[str, Callable]) -> dict[str, list[float]]:
-    "The ms that each of `runs` took in 5 to 50 rounds, called in turns, first one and then the other way round, with torch on one thread."
+    """The ms that each of `runs` took in 5 to 50 rounds, called in turns, first one and then the other way round, with torch on one thread.
+
+    In its turn each is called twice, and the second call timed: the first fills the caches that another has emptied, so that a thing takes as long here as by itself."""
     threads, rounds, names = torch.get_num_threads(), [], list(runs)
     torch.set_num_threads(1)
     try:
@@ -42,6 +44,7 @@ def surely(after: list[float], before: list[float]) -> float:
 
 
 def _ms(run) -> float:
+    run()
     start = time.perf_counter()
     run()
     return 1000*(time.perf_counter()-start)

@@ -1,13 +1,14 @@
 "From a folder of images to a trained classifier."
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 from fastai.basics import Learner
 from fastai.metrics import BalancedAccuracy, accuracy
 
-from fastrecipes.arguments import check_types
+from fastrecipes.arguments import checked
 from fastrecipes.data.folders import NearDuplicates
 from fastrecipes.data.keyed import keyed
 from fastrecipes.data.loaders import as_dataloaders
@@ -17,7 +18,7 @@ from fastrecipes.errors import BadValue, nearest
 from fastrecipes.report.evidence import Row, gather, keep_run, score
 from fastrecipes.report.history import history, lines_unless_terminal
 from fastrecipes.report.run_folder import RunFolder
-from fastrecipes.technique import plan
+from fastrecipes.technique import discover, plan
 from fastrecipes.training.distributed import one_process
 from fastrecipes.training.finders import find_lr
 from fastrecipes.training.reproducibility import seed_everything
@@ -31,6 +32,7 @@ Schedule = Literal[SCHEDULES]
 USUAL = dict(augment=True, label_smoothing=.1)      # what the recipe switches on unless told otherwise
 
 
+@partial(checked, techniques=discover)
 def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64,
                      valid: float | list[str] | str | Callable = .2, test: float = .1, groups: str | Callable | None = None, near_duplicates: NearDuplicates = 'warn',
                      resize: Resize = 'crop', pretrained: bool = True, weights: str | None = None, schedule: Schedule = 'flat_cos', seed: int = 42, workers: int | None = None,
@@ -62,7 +64,6 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
         overwrite: replace the run in that folder
     """
     asked = dict(locals())
-    check_types(image_classifier, asked)
     todo = plan({**USUAL, **techniques})
     check_recipe(path, arch, epochs, lr, schedule)
     if groups is not None and not isinstance(path, (str, Path)): raise BadValue(f'groups: found in the names of files, and path is {type(path).__name__}; give a folder of images')

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from fastai.basics import Learner
 
-from fastrecipes.arguments import check_types
+from fastrecipes.arguments import checked
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.production.gate import Compressed, Gate
 from fastrecipes.production.quantized import Quantized
@@ -24,10 +24,12 @@ from fastrecipes.training.transfer import backbone
 __all__ = ['compress', 'check_compression', 'Quantize']
 
 Quantize = Literal['static', 'qat', 'dynamic']
+MINUTES = 30.           # of a search, unless told otherwise
 
 
+@checked
 def compress(learn: Learner | str, student: str | None = None, *, max_mb: float | None = None, max_ms: float | None = None, prune: float | bool | None = True,
-             quantize: Quantize | bool | None = 'static', tolerance: float = .5, minutes: float = 30., epochs: int = 5, lr: float | str = 'find',
+             quantize: Quantize | bool | None = 'static', tolerance: float = .5, minutes: float | None = None, epochs: int = 5, lr: float | str = 'find',
              T: float = 4., alpha: float = .9, control: bool = False, pretrained: bool = True, seed: int = 42, out: str | None = None, overwrite: bool = False) -> Compressed:
     """Make a trained classifier small and fast, step by step, and keep each step only if it costs little and gains something.
 
@@ -42,11 +44,11 @@ def compress(learn: Learner | str, student: str | None = None, *, max_mb: float 
         learn: a fitted Learner on data of `image_folder`, or the run folder that it was left in
         student: a smaller network to distil to, any of timm or torchvision (default: none, the network stays)
         max_mb: megabytes (10⁶ bytes) that the .onnx may have
-        max_ms: milliseconds that one image may take in onnxruntime, on one thread of this machine
+        max_ms: milliseconds that one image may take in onnxruntime, on one thread of this machine: the median of up to 50 rounds, so let it have little else to do
         prune: share of the channels of each layer to remove, between 0 and 1; true: half of them, or what the search finds; false: none
         quantize: static (weights and activations in 8 bits), qat (trained for it) or dynamic (linear layers alone); false: not
         tolerance: points of accuracy that it may cost, 0 to 100
-        minutes: that a search may begin something new in, above 0
+        minutes: that a search may begin something new in, above 0 (default: 30)
         epochs: passes over the training data for the student, and again to fine-tune what was pruned
         lr: the highest learning rate, or 'find'
         T: temperature of the teacher's answers, above 0
@@ -58,14 +60,10 @@ def compress(learn: Learner | str, student: str | None = None, *, max_mb: float 
         overwrite: replace the run in that folder
     """
     asked = dict(locals())
-    check_types(compress, asked)
     one_process('compress')
-    targets, budget = Targets(max_mb, max_ms), Budget(minutes)
-    prune, quantize = check_compression(prune, quantize, tolerance, targets)
+    prune, quantize, targets, budget = check_compression(student, prune, quantize, max_mb=max_mb, max_ms=max_ms, minutes=minutes, control=control, tolerance=tolerance)
     if not (student or prune or quantize): raise BadValue('compress: student, prune and quantize are all off: nothing to do')
     if student or prune: check_fit(epochs, lr)
-    if control and not student: raise BadValue('compress: control trains the student without its teacher, and no student is named')
-    if control and targets: raise BadValue('compress: control is for a student by itself, not for a search; leave out max_mb and max_ms')
     seed_everything(seed)
     net = backbone(student, pretrained, 'student') if student else None
     same = deepcopy(net) if control else None
@@ -100,12 +98,16 @@ def _to_compress(learn, out) -> Learner:
     return load_run(learn)
 
 
-def check_compression(prune, quantize, tolerance, targets=Targets()) -> tuple[float | None, str | None]:
-    "`prune` and `quantize`, None where they are off. Raises for what can be told wrong before any work."
+def check_compression(student, prune, quantize, *, max_mb, max_ms, minutes, control, tolerance) -> tuple[float | bool | None, str | None, Targets, Budget]:
+    "`prune` and `quantize`, None where they are off, the targets, and the time to search for them. Raises for what can be told wrong before any work."
+    targets, budget = Targets(max_mb, max_ms), Budget(MINUTES if minutes is None else minutes)
     if targets and prune not in (True, False, None): raise BadValue(f'prune: {targets} are searched for, and the share of channels with them: true or false, got {prune}')
+    if minutes is not None and not targets: raise BadValue(f'minutes: the time of a search, and nothing is searched for; name max_mb or max_ms, or leave it out, got {minutes:g}')
+    if control and not student: raise BadValue('control: it trains the student without its teacher, and no student is named')
+    if control and targets: raise BadValue('control: it is for a student by itself, not for a search; leave out max_mb and max_ms')
     prune, quantize = {True: .5, False: None}.get(prune, prune), {True: 'static', False: None}.get(quantize, quantize)
     if prune is not None and not 0 < prune < 1: raise BadValue(f'prune: a share of the channels between 0 and 1, or false, got {prune}')
     kinds = get_args(Quantize)
     if quantize not in (None, *kinds): raise BadValue(f'quantize: one of {", ".join(kinds)}, or false, got {quantize!r}{nearest(quantize, kinds)}')
     if not 0 <= tolerance <= 100: raise BadValue(f'tolerance: 0 to 100 points of accuracy, got {tolerance}')
-    return prune, quantize
+    return prune, quantize, targets, budget

@@ -1,12 +1,13 @@
 "From a folder of images to a trained, verified, shipped model with a report that compares it with plain fastai."
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from fastai.basics import Learner
 from fastai.metrics import BalancedAccuracy, accuracy
 from fastcore.xdg import xdg_cache_home
 
-from fastrecipes.arguments import check_types
+from fastrecipes.arguments import checked
 from fastrecipes.data.keyed import KeyedDL
 from fastrecipes.data.loaders import as_dataloaders
 from fastrecipes.data.pixels import Resize
@@ -20,7 +21,7 @@ from fastrecipes.recipes.ship import ship
 from fastrecipes.report.evidence import Row, Scored, differences, gather, held_out, keep_run, score
 from fastrecipes.report.history import history, lines_unless_terminal
 from fastrecipes.report.run_folder import RunFolder
-from fastrecipes.technique import plan
+from fastrecipes.technique import discover, plan
 from fastrecipes.training.distributed import one_process
 from fastrecipes.training.reproducibility import seed_everything
 from fastrecipes.training.transfer import PACKAGED, backbone, classifier, packaged_weights
@@ -47,11 +48,12 @@ class Shipped:
         return '\n'.join(['', *lines, *stages, '', str(self.bundle), self.example, f'report: {self.path/"report.html"}'])
 
 
+@partial(checked, techniques=discover)
 def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, valid: float = .2,
              test: float = .1, resize: Resize = 'crop', pretrained: bool = True, weights: str | None = None, schedule: Schedule = 'flat_cos',
              seed: int = 42, workers: int | None = None, baseline: bool = True, student: str | None = None, prune: float | bool | None = None,
-             quantize: Quantize | bool | None = 'static', tolerance: float = .5, compress_epochs: int | None = None, out: str | None = None,
-             overwrite: bool = False, **techniques) -> Shipped:
+             quantize: Quantize | bool | None = 'static', tolerance: float = .5, max_mb: float | None = None, max_ms: float | None = None, minutes: float | None = None,
+             control: bool = False, compress_epochs: int | None = None, out: str | None = None, overwrite: bool = False, **techniques) -> Shipped:
     """Train a network on a folder of images, compare it with plain fastai on images neither saw, compress it, and ship it as a verified bundle.
 
     Takes what `image_classifier` takes, techniques included, and leaves a run folder: `report.html`, `bundle/`, `learner.pkl`,
@@ -74,19 +76,24 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
         workers: processes that decode images
         baseline: train plain fastai on the same images for as many epochs, to compare with
         student: a smaller network to distil to (default: none, the network stays)
-        prune: share of the channels of each layer to remove, between 0 and 1 (default: none)
-        quantize: static (weights and activations in 8 bits); false: not
+        prune: share of the channels of each layer to remove, between 0 and 1; true: half of them (default: none, or what the search finds)
+        quantize: static (weights and activations in 8 bits), qat (trained for it) or dynamic (linear layers alone); false: not
         tolerance: points of validation accuracy that a stage of compression may cost; it is rolled back if it costs more
+        max_mb: megabytes (10⁶ bytes) that the .onnx may have: what it takes is searched for, as in `compress`
+        max_ms: milliseconds that one image may take in onnxruntime, on one thread of this machine: searched for as well
+        minutes: that a search may begin something new in, above 0 (default: 30)
+        control: train the student on the labels alone as well, to tell what the teacher gave
         compress_epochs: passes over the training data for the student, and again to fine-tune what was pruned (default: epochs)
         out: the run folder; a run that was cut off there goes on (default: runs/pipeline-<date-time>)
         overwrite: replace the run in that folder
     """
     asked = dict(locals())
-    check_types(pipeline, asked)
     plan({**USUAL, **techniques})
     check_recipe(path, arch, epochs, lr, schedule)
     one_process('pipeline')
-    prune, quantize = check_compression(prune, quantize, tolerance)
+    if (max_mb, max_ms) != (None, None) and prune is None: prune = True
+    how = dict(max_mb=max_mb, max_ms=max_ms, minutes=minutes, control=control, tolerance=tolerance)
+    check_compression(student, prune, quantize, **how)
     for what, name, file in (('arch', arch, weights), ('student', student, None)):
         if name: backbone(name, pretrained, what, file)     # weights that cannot be fetched: say so before an hour of work
 
@@ -106,7 +113,7 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
         small = None
         if student or prune or quantize:
             found = history(learn).found            # one search: students train at the rate that was found for the network they replace
-            small = compress(learn, student, prune=prune, quantize=quantize, tolerance=tolerance, epochs=compress_epochs or epochs,
+            small = compress(learn, student, prune=prune, quantize=quantize, **how, epochs=compress_epochs or epochs,
                              lr=found.lr if found else lr, pretrained=pretrained, seed=seed)
         bundle = ship(small or learn, run.path/'bundle', overwrite=True)
         items = learn.dls.loaders[held_out(learn.dls)[0]].items
@@ -129,6 +136,7 @@ def plain_fastai(dls, arch: str, epochs: int, pretrained: bool = True, seed: int
     return learn
 
 
+@checked
 def demo(path: str | None = None, *, out: str | None = None, seed: int = 42, overwrite: bool = False) -> Shipped:
     """Run the whole pipeline in minutes: on scanned digits that come with scikit-learn, made imbalanced, or on your own folder of images.
 

@@ -2,13 +2,14 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.hook import total_params
 from torch.utils.data import Dataset
 
-from fastrecipes.arguments import check_types
+from fastrecipes.arguments import checked
 from fastrecipes.data.folders import NearDuplicates
 from fastrecipes.data.loaders import as_dataloaders
 from fastrecipes.data.pixels import Resize
@@ -22,7 +23,7 @@ from fastrecipes.report.evidence import Row, Scored, differences, gather, keep_r
 from fastrecipes.report.history import history
 from fastrecipes.report.intervals import Difference, Estimate
 from fastrecipes.report.run_folder import RunFolder
-from fastrecipes.technique import plan
+from fastrecipes.technique import discover, plan
 from fastrecipes.training.distributed import one_process
 from fastrecipes.training.resume import remember
 from fastrecipes.training.transfer import backbone
@@ -68,11 +69,19 @@ class SelfTrained:
     @property
     def control(self) -> Round | None: return next((r for r in self.rounds if r.name == CONTROL), None)
 
+    @property
+    def _worth(self) -> str:
+        "What to make of the difference: the unlabelled images are worth it only where the control does worse."
+        d = self.difference
+        if d.lo > 0: return f': {self.accepted.name} is better than training on the labelled images alone'
+        if d.hi < 0: return ': the CONTROL IS BETTER; train longer on the labelled images alone, with that noise'
+        return ': no difference is certain between it and training as long on the labelled images alone'
+
     def __str__(self):
         rows = [('', 'validation', 'test', 'training', ''), *((r.name, str(r.valid), str(r.test or '–'), f'{r.seconds:.0f} s', r.reason) for r in self.rounds)]
         width = [max(len(r[i]) for r in rows) for i in range(4)]
         lines = ['  '.join([*(c.ljust(w) for c, w in zip(row, width)), row[4]]).rstrip() for row in rows]
-        if self.difference: lines.append(f'{self.accepted.name} − {CONTROL}: {self.difference} on the images held out')
+        if self.difference: lines.append(f'{self.accepted.name} − {CONTROL}: {self.difference} on the images held out{self._worth}')
         return '\n'.join(['', *lines, *(['', f'report: {self.path/"report.html"}'] if self.path else [])])
 
     __repr__ = __str__
@@ -81,6 +90,7 @@ class SelfTrained:
 CONTROL = 'control'
 
 
+@partial(checked, techniques=discover)
 def noisy_student(path, unlabelled, arch: str = 'resnet18', *, student: str | None = None, rounds: int = 2, soft: bool = True, threshold: float = .3, balance: bool = True,
                   ratio: float | None = None, control: bool = True, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64,
                   valid: float | list[str] | str | Callable = .2, test: float = .1, groups: str | Callable | None = None, near_duplicates: NearDuplicates = 'warn',
@@ -123,7 +133,6 @@ def noisy_student(path, unlabelled, arch: str = 'resnet18', *, student: str | No
         overwrite: replace the run in that folder
     """
     asked = dict(locals())
-    check_types(noisy_student, asked)
     noise = {n: v for n, v in {**NOISE, **techniques}.items() if n in NOISES}
     usual = {**USUAL, **{n: v for n, v in techniques.items() if n not in NOISES}}
     todo = plan({**usual, **noise})

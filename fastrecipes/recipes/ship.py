@@ -3,6 +3,7 @@ from pathlib import Path
 
 from fastai.basics import Learner
 
+from fastrecipes.arguments import checked
 from fastrecipes.errors import BadValue
 from fastrecipes.production.bundle import Bundle, write_bundle
 from fastrecipes.production.export import graph_of
@@ -13,6 +14,7 @@ from fastrecipes.report.run_folder import STAGES, load_run
 __all__ = ['ship']
 
 
+@checked
 def ship(learn, out: str = 'bundle', *, overwrite: bool = False) -> Bundle:
     """Ship a trained classifier: a bundle that runs without torch, written once it answers as the Learner does on every validation image.
 

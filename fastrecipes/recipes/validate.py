@@ -1,13 +1,14 @@
 "How well a recipe does on images it has not seen, measured on all of them: k folds, each judged by a network trained on the others."
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from sklearn.metrics import confusion_matrix
 
-from fastrecipes.arguments import check_types
+from fastrecipes.arguments import checked
 from fastrecipes.data.folders import Found, NearDuplicates, check_loaders, found_in, loaders_of
 from fastrecipes.data.pixels import Resize
 from fastrecipes.data.splits import check_shares, split
@@ -21,7 +22,7 @@ from fastrecipes.report.history import history
 from fastrecipes.report.intervals import Estimate, Loss, over_folds
 from fastrecipes.report.page import Report, write_page
 from fastrecipes.report.run_folder import CHECKPOINT, RunFolder
-from fastrecipes.technique import applied, plan
+from fastrecipes.technique import applied, discover, plan
 from fastrecipes.training.distributed import one_process
 from fastrecipes.training.reproducibility import clean_mem, seed_everything
 from fastrecipes.training.resume import remember, resumable
@@ -67,6 +68,7 @@ class CrossValidated:
         return '\n'.join(['', *lines, *(['', f'report: {self.path/"report.html"}'] if self.path else [])])
 
 
+@partial(checked, techniques=discover)
 def cross_validate(path, arch: str = 'resnet18', *, folds: int = 10, groups: str | None = None, near_duplicates: NearDuplicates = 'warn', valid: float = 0.,
                    epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, resize: Resize = 'crop', pretrained: bool = True,
                    schedule: Schedule = 'flat_cos', seed: int = 42, workers: int | None = None, out: str | None = None, overwrite: bool = False,
@@ -100,7 +102,6 @@ def cross_validate(path, arch: str = 'resnet18', *, folds: int = 10, groups: str
         overwrite: replace the run in that folder
     """
     asked = dict(locals())
-    check_types(cross_validate, asked)
     todo = plan({**USUAL, **techniques})
     if not isinstance(path, (str, Path)): raise BadValue(f'path: cross_validate makes folds of a folder of images, got {type(path).__name__}')
     check_recipe(path, arch, epochs, lr, schedule)

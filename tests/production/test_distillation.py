@@ -134,7 +134,7 @@ def test_values_outside_their_ranges_are_refused(toy, kwargs, message):
 
 def test_what_cannot_teach_is_refused(toy):
     with pytest.raises(ValueError, match='distill: the teacher answers .16, 5. where the student answers .16, 3.'): toy().distill(nn.Linear(4, 5)).fit(1)
-    with pytest.raises(ValueError, match=r"distill: the teacher knows the classes \['0', '1'\]"): toy().distill(toy(c=2))
+    with pytest.raises(ValueError, match=r"distill: the teacher knows the classes 0, 1, the student"): toy().distill(toy(c=2))
     with pytest.raises(ValueError, match='distill: teacher must be a Learner'): toy().distill(3)
     with pytest.raises(ValueError, match='distill: the loss must be a cross entropy'): toy(loss_func=nn.MSELoss(), labels=torch.randn(64, 3)).distill(nn.Linear(4, 3))
     with pytest.raises(TypeError, match='distill: needs teacher'): toy().use(distill=True)
@@ -170,3 +170,36 @@ def test_a_network_whose_features_are_matched_is_not_cut(make_learn):
     learn = make_learn(epochs=0)
     learn.distill(deepcopy(learn.model), features=1.)
     with pytest.raises(ValueError, match='slim: distill matches features of the layers as they are .*slim first, then distill'): learn.slim(.5, round_to=1)
+
+
+def test_how_often_the_teacher_is_right_is_said(toy):
+    teacher = toy(n=64)
+    teacher.fit(20, .1)
+    learn = toy(n=64).distill(teacher)
+    x, y = learn.dls.valid.one_batch()
+    right = float((teacher.model(x).argmax(1) == y).float().mean())
+    assert .4 < right < 1 and f'; the teacher is right on {right:.1%} of a validation batch' in learn.techniques['distill'].effect
+
+
+def test_a_teacher_that_knows_nothing_is_told_of(toy, capsys):
+    net = nn.Linear(4, 3)
+    for p in net.parameters(): nn.init.zeros_(p)            # names class 0 for all
+    learn = toy(n=256)
+    y = learn.dls.valid.one_batch()[1]
+    assert len(learn.dls.valid_ds) >= 20
+    learn.distill(net)
+    said = capsys.readouterr().out
+    assert f'one class for all on {float(y.bincount().max()/len(y)):.1%}: it has little to teach' in said and said.startswith('distill: ')
+
+
+def test_a_teacher_of_another_size_is_told_of(photos, monkeypatch, capsys):
+    from fastrecipes.data.folders import image_folder
+    nets = [Learner(image_folder(photos, size=side, bs=4, workers=0), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)), nn.CrossEntropyLoss()) for side in (8, 16)]
+    nets[0].model[-1].weight.data.zero_()
+    monkeypatch.setattr('fastrecipes.production.distillation.FEW', 1)
+    nets[1].distill(nets[0])
+    assert capsys.readouterr().out.strip().endswith('it has little to teach. Its images were 8×8 px, these are 16×16')
+
+
+def test_a_teacher_of_another_kind_of_input_is_refused_at_once(toy):
+    with pytest.raises(ValueError, match="^distill: the teacher cannot take the student's batches: .*mat1 and mat2"): toy().distill(nn.Linear(7, 3))

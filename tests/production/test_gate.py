@@ -123,6 +123,17 @@ def test_it_survives_a_run_folder(learn, tmp_path):
     assert json.loads((run.path/'compressed.json').read_text())['stages'][1]['change']['value'] == 0
 
 
+def test_what_is_slower_says_so_loudly(learn):
+    stages = [Stage('original', True, 'came', size_bytes=400, latency_ms=2.), Stage('quantize', True, 'smaller', size_bytes=100, latency_ms=2.5)]
+    assert Compressed(learn, b'graph', stages, .5, 5.).verdict == ('4.0 times smaller than the original as .onnx; SLOWER, 1.25 times the time of the original in onnxruntime, '
+                                                                   '2.0 times as fast as in eager torch (5.00 ms)')
+
+
+def test_a_graph_is_not_printed_byte_by_byte(learn):
+    small = Compressed(learn, b'x'*12345, [], .5, 5.)
+    assert repr(small.onnx) == str(small.onnx) == '<an ONNX graph of 12.3 kB>' and small.onnx == b'x'*12345
+
+
 def test_a_learner_without_validation_images_is_refused(learn):
     dls = learn.dls
     learn.dls = dls.new_empty()

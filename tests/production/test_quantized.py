@@ -45,7 +45,7 @@ def test_F10_it_is_exported_and_loaded_with_the_same_answers(pair, tmp_path):
     loaded, items = load_learner(tmp_path/'q.pkl'), q.dls.valid.items[:5]
     a, b = (o.get_preds(dl=o.dls.test_dl(items))[0] for o in (q, loaded))
     assert torch.equal(a, b) and len(q.dls.valid.items) and str(loaded.model.told) == str(q.model.told)
-    with pytest.raises(ValueError, match='^fit: a network in 8 bits cannot be trained'): loaded.fit(1)
+    with pytest.raises(ValueError, match='^fit: a network in 8 bits cannot be trained or changed'): loaded.fit(1)
 
 
 def test_ours_exports_it_too(pair, tmp_path):
@@ -57,7 +57,7 @@ def test_ours_exports_it_too(pair, tmp_path):
 
 @pytest.mark.parametrize('fit', ['fit', 'fit_one_cycle', 'fit_flat_cos', 'fine_tune'])
 def test_a_fit_is_refused_in_one_sentence(pair, fit):
-    with pytest.raises(BadValue, match='^fit: a network in 8 bits cannot be trained.*quantize'): getattr(pair[1], fit)(1)
+    with pytest.raises(BadValue, match='^fit: a network in 8 bits cannot be trained or changed.*quantize'): getattr(pair[1], fit)(1)
     with pytest.raises(BadValue, match='^fit: '): pair[1].model.train()
 
 
@@ -177,3 +177,9 @@ def test_an_int8_linear_layer_answers_as_the_formula_says(toy):
     q_x, q_w = np.clip(np.rint(x/np.float32(s_x)) + z, 0, 255), np.rint(w/s_w)
     assert np.abs(q_w).max() == 127
     assert np.allclose(got, (q_x-z) @ q_w.T*s_x*s_w.T + np.rint(b/(s_x*s_w[:, 0]))*s_x*s_w[:, 0], atol=2e-4)
+
+
+@pytest.mark.parametrize('call', [lambda q: q.slim(), lambda q: q.prune(), lambda q: q.use(label_smoothing=.1), lambda q: q.sensitivity(), lambda q: q.iterative_prune()])
+def test_what_would_change_the_network_is_refused_with_who_to_turn_to(pair, call):
+    with pytest.raises(BadValue, match=r'^\w+: a network in 8 bits cannot be trained or changed.*change the float Learner'): call(pair[1])
+    assert dict(pair[1].techniques) == dict(pair[0].techniques)

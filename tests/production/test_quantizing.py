@@ -82,7 +82,7 @@ def test_without_validation_samples_it_is_refused(make_learn):
     learn = make_learn(epochs=0)
     loaded = load_learner(export_learner(learn, learn.path/'empty.pkl'))
     (learn.path/'empty.pkl').unlink()
-    with pytest.raises(ValueError, match='^quantize: there is no training sample to show the network; give the Learner its data back'): loaded.quantize()
+    with pytest.raises(ValueError, match='^quantize: there is no training sample to show the network; set learn.dls to DataLoaders'): loaded.quantize()
 
 
 def test_a_table_is_quantized_and_its_row_predicted():

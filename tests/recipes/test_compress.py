@@ -105,7 +105,8 @@ def test_the_techniques_of_the_original_train_the_student_too(run):
     (dict(student='resnet18', epochs=0), 'epochs: at least 1'), (dict(epochs='two'), "epochs must be a whole number, got 'two'"),
     (dict(student='resent18'), '^student: neither timm nor'), (dict(prune=False, quantize=False), 'compress: student, prune and quantize are all off'),
     (dict(max_mb=0), 'max_mb: above 0, or none at all, got 0'), (dict(max_ms=1, minutes=0), 'minutes: above 0, got 0'), (dict(max_mb=1, prune=.4), 'prune: 1 MB are searched for'),
-    (dict(max_mb=1, student='resnet10t', control=True), 'control is for a student by itself')])
+    (dict(max_mb=1, student='resnet10t', control=True), 'control: it is for a student by itself'), (dict(control=True), 'control: it trains the student without its teacher'),
+    (dict(minutes=5.), 'minutes: the time of a search, and nothing is searched for; name max_mb or max_ms'), (dict(epoch=3), "compress: no argument 'epoch'; did you mean 'epochs'")])
 def test_bad_arguments_are_refused_before_anything_is_read(kwargs, message):
     with pytest.raises((ValueError, TypeError), match=message): compress('nowhere', **kwargs)
 
@@ -151,4 +152,4 @@ def test_the_control_is_the_same_student_trained_as_long_without_a_teacher(run, 
     assert small.control.change.value == pytest.approx(float((q.argmax(1) == y).float().mean() - (p.argmax(1) == y).float().mean()), abs=1e-6)
     assert small.accepted.name == 'distil to resnet10t' and small.learn is student and 'control: the teacher gave' in str(small)
     assert Compressed.load(small.learn, tmp_path/'small').control == small.control and 'resnet10t alone' in (tmp_path/'small'/'report.html').read_text()
-    with pytest.raises(ValueError, match='compress: control trains the student without its teacher, and no student is named'): compress(str(run), control=True)
+    with pytest.raises(ValueError, match='control: it trains the student without its teacher, and no student is named'): compress(str(run), control=True)

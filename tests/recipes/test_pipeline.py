@@ -100,7 +100,7 @@ def test_the_command_predicts_from_the_bundle(made, capsys):
 
 
 def test_an_unknown_technique_is_refused_before_any_data_are_read(tmp_path):
-    with pytest.raises(TypeError, match="no technique named 'mixpu'; did you mean 'mixup'"): image_classifier(tmp_path/'nowhere', mixpu=.4)
+    with pytest.raises(TypeError, match="no argument and no technique named 'mixpu'; did you mean 'mixup'"): image_classifier(tmp_path/'nowhere', mixpu=.4)
 
 
 @pytest.mark.parametrize('kwargs, message', [(dict(epochs=0), 'epochs: at least 1'), (dict(lr=-1), "lr: a number above 0, or 'find', got -1"), (dict(lr='fnd'), 'lr: '),
@@ -173,3 +173,22 @@ def test_plain_fastai_does_not_depend_on_who_used_the_loaders_before(photos):
         for _ in range(used): dls.one_batch()
         runs.append([p.detach().clone() for p in plain_fastai(dls, 'resnet10t', 1, pretrained=False).model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize('asked, passed', [(dict(max_mb=.5, minutes=3.), dict(prune=True, max_mb=.5, max_ms=None, minutes=3., control=False)),
+                                           (dict(max_ms=2, prune=False, quantize='qat'), dict(prune=False, max_ms=2, quantize='qat')),
+                                           (dict(student='test_resnet', control=True), dict(prune=None, control=True, max_mb=None))])
+def test_targets_and_the_control_reach_compress(photos, tmp_path, monkeypatch, asked, passed):
+    class Enough(Exception): pass
+    def compress(learn, student, **how): raise Enough(how)
+    monkeypatch.setattr('fastrecipes.recipes.pipeline.compress', compress)
+    with pytest.raises(Enough) as e: pipeline(photos, **{**SMALL, 'arch': 'test_resnet', 'epochs': 1, 'bs': 4, 'baseline': False}, out=str(tmp_path/'run'), **asked)
+    how = e.value.args[0]
+    assert {k: how[k] for k in passed} == passed
+
+
+@pytest.mark.parametrize('asked, message', [(dict(control=True), 'control: it trains the student without its teacher'), (dict(max_mb=0.), 'max_mb: above 0'),
+                                            (dict(minutes=3.), 'minutes: the time of a search'),
+                                            (dict(max_ms=1., prune=.3), 'prune: 1 ms an image are searched for')])
+def test_what_compress_would_refuse_is_refused_before_any_training(photos, asked, message):
+    with pytest.raises(ValueError, match=message): pipeline(photos, **SMALL, **asked)

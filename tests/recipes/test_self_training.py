@@ -12,6 +12,7 @@ from fastrecipes.data.pseudo import SoftCrossEntropy
 from fastrecipes.data.samples import digits
 from fastrecipes.recipes import self_training
 from fastrecipes.recipes.self_training import noisy_student
+from fastrecipes.report.intervals import Difference, Estimate
 from fastrecipes.report.run_folder import load_run
 
 from .dying import killed
@@ -124,6 +125,13 @@ def test_a_student_that_is_no_better_is_not_kept(data, monkeypatch):
     assert accuracy_score(y, p.argmax(1)) == r.rounds[0].valid.value and 'randaugment' not in r.learn.techniques
 
 
+@pytest.mark.parametrize('interval, said', [((.02, .01, .03), 'round 1 is better than training on the labelled images alone'), ((-.02, -.03, -.01), 'the CONTROL IS BETTER'),
+                                            ((.02, -.01, .05), 'no difference is certain')])
+def test_what_the_difference_to_the_control_comes_to_is_said(interval, said):
+    rounds = [self_training.Round(name, kept, '', Estimate(.9, .8, 1., 30), None, Estimate(.9, .8, 1., 30)) for name, kept in (('teacher', True), ('round 1', True), ('control', False))]
+    assert said in str(self_training.SelfTrained(None, rounds, Difference(*interval, 100)))
+
+
 def test_when_no_answer_is_sure_enough_the_teacher_stays(data, capsys):
     r = noisy_student(*data, **{**RECIPE, 'threshold': .9999, 'epochs': 1})
     assert [o.name for o in r.rounds] == ['teacher'] and 'round 1: threshold: no answer has a probability of 0.9999 or more' in capsys.readouterr().out
@@ -144,7 +152,7 @@ def test_datasets_hard_labels_and_a_larger_student():
     (dict(bs=1), 'bs: at least 2'), (dict(unlabelled='nowhere'), 'unlabelled: no folder nowhere'), (dict(class_weights=True), 'class_weights: it counts the classes.*take soft=False'),
     (dict(loss='bce'), "loss: soft labels are probabilities over the classes, .* got 'bce'"),
     (dict(student='resnet10'), "student: neither timm nor torchvision has a network 'resnet10'"),
-    (dict(randaugmen=True), "no technique named 'randaugmen'; did you mean 'randaugment'"), (dict(epochs=0), 'epochs: at least 1'), (dict(valid=0.), 'valid: '),
+    (dict(randaugmen=True), "no argument and no technique named 'randaugmen'; did you mean 'randaugment'"), (dict(epochs=0), 'epochs: at least 1'), (dict(valid=0.), 'valid: '),
     (dict(precompute='x'), 'precompute: it keeps the answers'), (dict(soft=1), 'soft must be True or False, got 1')])
 def test_what_is_wrong_is_refused_before_any_training(data, monkeypatch, change, message):
     monkeypatch.setattr(self_training, 'image_classifier', None)

@@ -156,7 +156,7 @@ def test_a_given_test_folder_is_left_alone(tmp_path, data):
     (dict(folds=1), 'folds: at least 2, got 1'), (dict(folds=4), "folds: 4, but class '9' has 3 images, .* use folds=3 or less"),
     (dict(folds=2, bs=5000), r'bs: 5000 is more than the \d+ training images of fold 1'), (dict(folds=2, valid=1.), r'valid: a share of the images in \[0, 1\), got 1.0'),
     (dict(folds=2, early_stop=True), 'valid: early_stop chooses by validation images.*hold out others with valid=.1'), (dict(folds=2, epochs=0), 'epochs: at least 1, got 0'),
-    (dict(folds=2, groups='nobody'), "groups: 'nobody' finds no group in any name"), (dict(folds=2, mixpu=.4), "no technique named 'mixpu'"),
+    (dict(folds=2, groups='nobody'), "groups: 'nobody' finds no group in any name"), (dict(folds=2, mixpu=.4), "no argument and no technique named 'mixpu'"),
     (dict(folds=2, near_duplicates='apart'), "near_duplicates: one of warn, together, got 'apart'"), (dict(folds=2, groups='^.'), "folds: 2, but class '0' has 1 image, copies")])
 def test_what_cannot_be_measured_is_refused_before_any_training(data, monkeypatch, change, message):
     monkeypatch.setattr(validate, 'image_classifier', None)
