@@ -122,14 +122,18 @@ def batch_size_of(dl) -> int | None:
     return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
 
 
-def samples(dl, n: int):
-    "The first `n` samples as a batch, made in this process as the loader would, and only as many as there are; None where it takes an iteration to know."
+def samples(dl, n: int, spread: bool = False):
+    """The first `n` samples as a batch, or `n` `spread` evenly over all, made in this process as the loader would, and only as many as there are;
+    None where it takes an iteration to know."""
     if isinstance(dl, TfmdDL) and dl.indexed and not dl.prebatched and len(dl.dataset):
         dl.before_iter()                                # tells its transforms which side this is; each iteration does
-        b = dl.do_batch([o for i in range(min(n, len(dl.dataset))) if (o := dl.do_item(i)) is not None])
+        b = dl.do_batch([o for i in _rows(len(dl.dataset), n, spread) if (o := dl.do_item(i)) is not None])
         return dl.after_batch(b if dl.device is None else to_device(b, dl.device))
     if isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset) and dl.batch_size and len(dl.dataset):
-        return dl.collate_fn([dl.dataset[i] for i in range(min(n, len(dl.dataset)))])
+        return dl.collate_fn([dl.dataset[i] for i in _rows(len(dl.dataset), n, spread)])
+
+
+def _rows(total: int, n: int, spread: bool): return [i*total//n for i in range(n)] if spread and total > n else range(min(n, total))
 
 
 def first_sample(dls: DataLoaders) -> tuple[tuple, tuple] | None:

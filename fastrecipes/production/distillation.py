@@ -8,6 +8,7 @@ from fastai.basics import Learner, load_learner, nn, to_detach, to_device
 from fastai.callback.hook import total_params
 from torch.nn import functional as F
 
+from fastrecipes.data.loaders import samples
 from fastrecipes.data.statistics import PixelMap, normalization_of
 from fastrecipes.errors import BadValue, NotThere, few
 from fastrecipes.objective import Objective, cross_entropy_of, objective
@@ -19,7 +20,7 @@ from fastrecipes.training.precision import device_of
 
 __all__ = ['Distill', 'Renormalize', 'soft_divergence']
 
-FEW = 20                # validation samples, below which an accuracy says nothing
+SOME, FEW = 64, 20      # validation samples that a teacher is tried on; below so many an accuracy says nothing
 
 
 def soft_divergence(student: torch.Tensor, teacher: torch.Tensor, T: float = 4., axis: int = -1) -> torch.Tensor:
@@ -104,11 +105,11 @@ def distill(self: Learner, teacher: Learner | nn.Module | str, T: float = 4., al
 
 
 def _standing(student: Learner, net: nn.Module) -> tuple[str, bool]:
-    "How often the teacher is right on one batch of the student's validation samples, in words, and whether that is no better than one class for all."
+    "How often the teacher is right on some of the student's validation samples, in words, and whether that is no better than one class for all."
     loaders, axis = student.dls.loaders, cross_entropy_of(student.loss_func).axis
-    if len(loaders) < 2 or not len(loaders[1].dataset): return '', False
     with forked('distill'), torch.no_grad():
-        batch = to_detach(to_device(loaders[1].one_batch(), device_of(student)), cpu=False)
+        if len(loaders) < 2 or (batch := samples(loaders[1], SOME, spread=True)) is None: return '', False
+        batch = to_detach(to_device(batch, device_of(student)), cpu=False)
         n_inp = getattr(student.dls, 'n_inp', max(1, len(batch)-1))
         xb, yb = batch[:n_inp], batch[n_inp:]
         try: said = net.to(device_of(student)).eval()(*xb)
@@ -116,8 +117,8 @@ def _standing(student: Learner, net: nn.Module) -> tuple[str, bool]:
     if len(yb) != 1 or yb[0].is_floating_point() or said.ndim < 2 or said.argmax(axis).numel() != yb[0].numel(): return '', False
     y = yb[0].as_subclass(torch.Tensor).flatten()
     right, most = float((said.as_subclass(torch.Tensor).argmax(axis).flatten() == y).float().mean()), float(y.bincount().max()/len(y))
-    poor = right <= most and len(loaders[1].dataset) >= FEW
-    return f'; the teacher is right on {right:.1%} of a validation batch' + (f', and one class for all on {most:.1%}: it has little to teach' if poor else ''), poor
+    poor = right <= most and len(batch[0]) >= FEW
+    return f'; the teacher is right on {right:.1%} of {len(batch[0])} validation samples' + (f', and one class for all on {most:.1%}: it has little to teach' if poor else ''), poor
 
 
 def _other_size(student: Learner, teacher) -> str:

@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from fastrecipes.data.keyed import KeyedDL
-from fastrecipes.data.loaders import Indexed, as_dataloaders, labels_of
+from fastrecipes.data.loaders import Indexed, as_dataloaders, labels_of, samples
 
 X, Y = torch.randn(60, 3, 8, 8), torch.arange(60) % 3
 
@@ -94,3 +94,10 @@ def test_items_are_still_seen_one_by_one_by_whom_they_are_given_to():
         seen.clear()
         list(KeyedDL(data, bs=4, num_workers=0, **kwargs))
         assert seen
+
+
+@pytest.mark.parametrize('n, rows', [(3, [0, 14, 28]), (100, [*range(42)])])
+def test_samples_that_lie_evenly_over_all(n, rows):
+    dls = as_dataloaders((TensorDataset(X[:42], Y[:42]), TensorDataset(X, Y)), bs=8)
+    for dl in (dls.loaders[1].new(dataset=dls.train.dataset), DataLoader(TensorDataset(X[:42], Y[:42]), 8)):
+        assert torch.equal(samples(dl, n, spread=True)[0], X[rows]) and torch.equal(samples(dl, 2)[0], X[:2])
