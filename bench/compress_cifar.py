@@ -3,8 +3,8 @@
     python bench/compress_cifar.py [--data DIR] [--out DIR] [--epochs 15] [--tune 3] [--minutes 25] [--size 32] [--times-smaller 10] [--times-faster 20] [--write]
 
 All 50,000 training images but 5 in 100, which choose; all 10,000 test images, which are only reported. ResNet-9 of half the usual widths, 32 to 256, bfloat16, channels last, a cache,
-flips, shifts and a hidden square, one cycle. (a) `compress(max_mb=…, max_ms=…, tolerance=1)`, `tune` epochs for each network tried, `minutes` in all; time against eager torch in float32, the network's own. (b)
-`iterative_prune`: 15 % of the weights at a time to 90 %, each step up to `tune` epochs, as long as validation accuracy comes back to 99.5 % of the original's. What is done is kept in
+flips, shifts and a hidden square, one cycle. (a) `compress(max_mb=…, max_ms=…, tolerance=1)`, `tune` epochs for each network tried, `minutes`
+in all; time against eager torch in float32, the network's own. (b) `iterative_prune`: 15 % of the weights at a time to 90 %, each step up to `tune` epochs, as long as validation accuracy comes back to 99.5 % of the original's. What is done is kept in
 OUT (weights, checkpoints, tables) and not done again."""
 import argparse
 import json
@@ -83,7 +83,6 @@ def how_many_weights(learn: Learner, out: Path, settings: dict) -> str:
 
 def main(data: Path, out: Path, **settings) -> str:
     ready(data, out)
-    torch.set_num_threads(os.cpu_count())
     learn = learner(data, settings['size'], settings['epochs'], out)
     minutes = json.loads((out/f'resnet9-{settings["epochs"]}.json').read_text())['minutes']
     said = f'ResNet-9 of widths {", ".join(map(str, WIDTHS))}, {settings["epochs"]} epochs in {minutes:.0f} minutes: {on_test(learn)} on 10,000 test images.'
