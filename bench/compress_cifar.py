@@ -1,11 +1,12 @@
 """CIFAR-10: one network of 90 % or more, trained once and kept; ten times smaller and twenty times faster than itself; and how many of its weights it can do without.
 
-    python bench/compress_cifar.py [--data DIR] [--out DIR] [--epochs 15] [--tune 3] [--minutes 25] [--size 32] [--times-smaller 10] [--times-faster 20] [--write]
+    python bench/compress_cifar.py [--data DIR] [--out DIR] [--epochs 15] [--tune 3] [--minutes 25] [--size 32] [--times-smaller 10] [--times-faster 20]
+        [--prune-epochs 2] [--part a | b] [--write]
 
 All 50,000 training images but 5 in 100, which choose; all 10,000 test images, which are only reported. ResNet-9 of half the usual widths, 32 to 256, bfloat16, channels last, a cache,
 flips, shifts and a hidden square, one cycle. (a) `compress(max_mb=…, max_ms=…, tolerance=1)`, `tune` epochs for each network tried, `minutes`
-in all; time against eager torch in float32, the network's own. (b) `iterative_prune`: 15 % of the weights at a time to 90 %, each step up to `tune` epochs, as long as validation accuracy comes back to 99.5 % of the original's. What is done is kept in
-OUT (weights, checkpoints, tables) and not done again."""
+in all; time against eager torch in float32, the network's own. (b) `iterative_prune`: 15 % of the weights at a time to 90 %, each step up to `prune-epochs` epochs, as long as validation accuracy comes back to 99.5 % of the original's. What is done is kept in
+OUT (weights, checkpoints, tables) and not done again; `--part` does one of the two, so that both can run beside each other."""
 import argparse
 import json
 import os
@@ -21,7 +22,6 @@ from results import write
 from fastrecipes.data.folders import image_folder
 from fastrecipes.data.keyed import keyed
 from fastrecipes.production.export import graph_of, served
-from fastrecipes.production.iterative import Pruned, PruningStep
 from fastrecipes.production.predictor import Graph
 from fastrecipes.production.timing import image_times, medians
 from fastrecipes.recipes.compress import compress
@@ -68,34 +68,37 @@ def smaller_and_faster(learn: Learner, out: Path, settings: dict) -> str:
     ms = medians(image_times({'onnx': Graph(graph, threads=1), 'eager': lambda pixels: eager(torch.from_numpy(pixels))}, tuple(side)))
     small = compress(learn, max_mb=round(len(graph)/1e6/settings['times_smaller'], 4), max_ms=round(ms['eager']/settings['times_faster'], 4), tolerance=1., epochs=settings['tune'],
                      lr=3e-3, minutes=settings['minutes'], out=str(out/'small'), overwrite=(out/'small'/'report.html').exists())
-    return f'```\n{small}\n```'
+    return f'**Smaller and faster**\n\n```\n{small}\n```'
 
 
 def how_many_weights(learn: Learner, out: Path, settings: dict) -> str:
     "(b)"
-    file = out/f'pruned-{settings["epochs"]}-{settings["tune"]}.json'
-    if not file.exists():
-        with resumable(out/'pruning'): done = learn.iterative_prune(settings['tune'], 2e-3)
-        file.write_text(json.dumps(dict(steps=[vars(s) for s in done.steps], floor=done.floor)))
-    told = json.loads(file.read_text())
-    return f'```\n{Pruned([PruningStep(**s) for s in told["steps"]], told["floor"])}\n```'
+    with resumable(out/'pruning'): done = learn.iterative_prune(settings['prune_epochs'], 2e-3)
+    return f'**Fewer weights**\n\n```\n{done}\n```'
 
 
-def main(data: Path, out: Path, **settings) -> str:
+PARTS = dict(a=smaller_and_faster, b=how_many_weights)
+
+
+def main(data: Path, out: Path, part: str, **settings) -> str:
     ready(data, out)
     learn = learner(data, settings['size'], settings['epochs'], out)
     minutes = json.loads((out/f'resnet9-{settings["epochs"]}.json').read_text())['minutes']
     said = f'ResNet-9 of widths {", ".join(map(str, WIDTHS))}, {settings["epochs"]} epochs in {minutes:.0f} minutes: {on_test(learn)} on 10,000 test images.'
-    again = learner(data, settings['size'], settings['epochs'], out)
-    return '\n\n'.join([said, '**Smaller and faster**', smaller_and_faster(learn, out, settings), '**Fewer weights**', how_many_weights(again, out, settings)])
+    for name in part:
+        if not (file := out/f'{name}.md').exists():
+            own = PARTS[name](learner(data, settings['size'], settings['epochs'], out), out, settings)
+            file.write_text(own)
+    return '\n\n'.join([said, *((out/f'{name}.md').read_text() for name in PARTS if (out/f'{name}.md').exists())])
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--data', type=Path, default=xdg_cache_home()/'fastrecipes'/'cifar10')
     parser.add_argument('--out', type=Path, default=xdg_cache_home()/'fastrecipes'/'compress_cifar')
-    defaults = dict(epochs=15, tune=3, minutes=25., size=32, times_smaller=10., times_faster=20.)
+    defaults = dict(epochs=15, tune=3, minutes=25., size=32, times_smaller=10., times_faster=20., prune_epochs=2)
     for name, default in defaults.items(): parser.add_argument(f'--{name.replace("_", "-")}', type=type(default), default=default)
+    parser.add_argument('--part', choices=('a', 'b', 'ab'), default='ab')
     parser.add_argument('--write', action='store_true')
     asked = vars(parser.parse_args())
     to_write = asked.pop('write')

@@ -116,4 +116,4 @@ def test_what_makes_no_sense_is_refused(toy, kwargs, message):
 
 def test_a_network_without_anything_to_cut_and_a_budget_out_of_reach(toy):
     with pytest.raises(ValueError, match='sensitivity: no layer of this network has channels that can be cut'): toy().sensitivity()
-    with pytest.raises(ValueError, match='budget: .* at most the largest ratio tried, 0.75, got 0.9'): mlp(toy).sensitivity().ratios(.9)
+    with pytest.raises(ValueError, match='ratios: budget, .* at most the largest ratio tried, 0.75, got 0.9'): mlp(toy).sensitivity().ratios(.9)
