@@ -3,14 +3,13 @@
     python bench/compress_cifar.py [--data DIR] [--out DIR] [--epochs 15] [--tune 3] [--minutes 25] [--size 32] [--times-smaller 10] [--times-faster 20]
         [--prune-epochs 2] [--part a | b] [--write]
 
-All 50,000 training images but 5 in 100, which choose; all 10,000 test images, which are only reported. ResNet-9 of half the usual widths, 32 to 256, bfloat16, channels last, a cache,
-flips, shifts and a hidden square, one cycle. (a) `compress(max_mb=…, max_ms=…, tolerance=1)`, `tune` epochs for each network tried, `minutes`
-in all; time against eager torch in float32, the network's own. (b) `iterative_prune`: 15 % of the weights at a time to 90 %, each step up to `prune-epochs` epochs, as long as validation accuracy comes back to 99.5 % of the original's. What is done is kept in
-OUT (weights, checkpoints, tables) and not done again; `--part` does one of the two, so that both can run beside each other."""
+All 50,000 training images but 5 in 100, which choose; all 10,000 test images, which are only reported. ResNet-9 of half the usual widths,
+32 to 256, bfloat16, channels last, a cache, flips, shifts and a hidden square, one cycle. (a) `compress(max_mb=…, max_ms=…, tolerance=1)`, `tune`
+epochs for each network tried, `minutes` in all; time against eager torch in float32, the network's own. (b) `iterative_prune`: 15 % of the weights at
+a time to 90 %, each step up to `prune-epochs` epochs, as long as validation accuracy comes back to 99.5 % of the original's. What is done is kept
+in OUT (weights, checkpoints, tables) and not done again; `--part` does one of the two, so that both can run beside each other."""
 import argparse
-import json
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -47,11 +46,9 @@ def learner(data: Path, size: int, epochs: int, out: Path) -> Learner:
     keyed(learn, 0)
     learn.use(normalize='standardize', augment=dict(flip=True, rotate=0., zoom=1., warp=0., lighting=0., crop=4), cutout=8, label_smoothing=.1, to_bf16=True, to_channelslast=True)
     if not (file := out/f'resnet9-{epochs}.pth').exists():
-        start = time.time()
         with resumable(out/'training'): learn.fit_one_cycle(epochs, 1e-2)
         torch.save(learn.model.state_dict(), tmp := file.with_suffix('.tmp'))
         os.replace(tmp, file)
-        file.with_suffix('.json').write_text(json.dumps(dict(minutes=(time.time()-start)/60)))
     learn.model.load_state_dict(torch.load(file, weights_only=True))
     return learn
 
@@ -83,12 +80,9 @@ PARTS = dict(a=smaller_and_faster, b=how_many_weights)
 def main(data: Path, out: Path, part: str, **settings) -> str:
     ready(data, out)
     learn = learner(data, settings['size'], settings['epochs'], out)
-    minutes = json.loads((out/f'resnet9-{settings["epochs"]}.json').read_text())['minutes']
-    said = f'ResNet-9 of widths {", ".join(map(str, WIDTHS))}, {settings["epochs"]} epochs in {minutes:.0f} minutes: {on_test(learn)} on 10,000 test images.'
+    said = f'ResNet-9 of widths {", ".join(map(str, WIDTHS))}, {settings["epochs"]} epochs: {on_test(learn)} on 10,000 test images.'
     for name in part:
-        if not (file := out/f'{name}.md').exists():
-            own = PARTS[name](learner(data, settings['size'], settings['epochs'], out), out, settings)
-            file.write_text(own)
+        if not (file := out/f'{name}.md').exists(): file.write_text(PARTS[name](learner(data, settings['size'], settings['epochs'], out), out, settings))
     return '\n\n'.join([said, *((out/f'{name}.md').read_text() for name in PARTS if (out/f'{name}.md').exists())])
 
 
