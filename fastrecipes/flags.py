@@ -147,7 +147,7 @@ class CommandLine:
         while tokens:
             token = tokens.pop(0)
             if token == '--': positional, tokens = positional + tokens, []
-            elif not token.startswith('-'): positional.append(token)
+            elif token == '-' or not token.startswith('-'): positional.append(token)
             else:
                 name, eq, value = token.partition('=')
                 name = '--' + name[2:].replace('-', '_') if name.startswith('--') else name

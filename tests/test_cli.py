@@ -323,7 +323,7 @@ def test_predict_answers_the_readable_images_and_names_the_others(bundle, capsys
 
 def test_predict_without_a_bundle_images_or_labels_is_a_mistake(bundle, mistake):
     assert 'nowhere does not exist' in mistake(['predict', 'nowhere', 'a.png'])
-    assert mistake(['predict', str(bundle)]) == 'predict: needs IMAGES (the image files): fastrecipes predict BUNDLE IMAGES…'
+    assert mistake(['predict', str(bundle)]) == 'predict: needs IMAGES (files, folders, or - for names from standard input): fastrecipes predict BUNDLE IMAGES…'
     assert mistake(['predict', str(bundle), 'a.png', '--k', '0']) == '--k: at least 1, got 0'
 
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 from PIL import Image
 
 from fastrecipes.data.pixels import fit_image, read_image
@@ -20,6 +19,7 @@ BATCH = 32
 class Graph:
     "An ONNX graph as a function on the CPU: what it takes, as one array, gives what it answers. `threads`: default a physical core each."
     def __init__(self, model: bytes, threads: int | None = None):
+        import onnxruntime as ort               # late: it has threads of its own from its import on, which do not survive a server's fork
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads or 0, 3
         self.session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
@@ -39,8 +39,7 @@ class Predictor:
     `.labels` in the order of the columns of `.probabilities`; `.card`: all of bundle.json."""
     def __init__(self, dir, threads: int | None = None):
         self.path = Path(dir)
-        self.card = _read_card(self.path)
-        files = {name: _verified(self.path/name, digest) for name, digest in self.card['files'].items()}
+        self.card, files = opened(self.path)
         if MODEL not in files: raise BadValue(f'bundle: {self.path/CARD} names no {MODEL}; ship it again')
         self.labels, self.input = self.card['labels'], self.card['input']
         self.run = Graph(files[MODEL], threads)     # uint8 pixels (n, h, w, 3) as `.pixels` makes them → probabilities (n, c)
@@ -59,6 +58,10 @@ class Predictor:
         "The probabilities `(n, c)` of the labels for `n` images, read and run 32 at a time."
         parts = [self.run(batch) for batch in batched(images, self.pixels)]
         return np.concatenate([np.empty((0, len(self.labels)), np.float32), *parts])
+
+    def ranked(self, pixels, k: int | None = None) -> list[dict[str, float]]:
+        "`{label: probability}`, best first, for each of a list of what `.pixels` gave; all of it is run as one batch."
+        return [self._ranked(p, k) for p in self.run(np.stack(pixels))]
 
     def pixels(self, x) -> np.ndarray:
         "What the graph takes for one image: uint8 `(h, w, 3)` of the bundle's size."
@@ -88,6 +91,13 @@ def batched(images, pixels, n: int = BATCH):
 def sha256(data: bytes) -> str:
     "The checksum of a file's bytes, in hexadecimal."
     return hashlib.sha256(data).hexdigest()
+
+
+def opened(path) -> tuple[dict, dict[str, bytes]]:
+    "The card of a bundle and the content of its files by name, each as it was shipped; raises as `Predictor` does."
+    path = Path(path)
+    card = _read_card(path)
+    return card, {name: _verified(path/name, digest) for name, digest in card['files'].items()}
 
 
 def _read_card(path: Path) -> dict:
