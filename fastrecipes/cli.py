@@ -1,6 +1,5 @@
 "The command line: a command is a function, found by name; a user's mistake is one line on stderr and exit code 2."
 import ast
-import json as jsonlib
 import os
 import re
 import sys
@@ -12,10 +11,10 @@ from signal import SIGINT, SIGTERM, raise_signal, signal
 from threading import current_thread, main_thread
 
 from fastrecipes import __version__
-from fastrecipes.errors import BadName, BadValue, UserError, nearest
+from fastrecipes.errors import BadName, UserError, nearest
 from fastrecipes.files import writes
 
-__all__ = ['COMMANDS', 'main', 'predict']
+__all__ = ['COMMANDS', 'main']
 
 COMMANDS = {
     'demo': 'fastrecipes.recipes.pipeline:demo',
@@ -23,9 +22,11 @@ COMMANDS = {
     'image-classifier': 'fastrecipes.recipes.classify:image_classifier',
     'cross-validate': 'fastrecipes.recipes.validate:cross_validate',
     'noisy-student': 'fastrecipes.recipes.self_training:noisy_student',
+    'ensemble': 'fastrecipes.recipes.ensemble:ensemble',
     'compress': 'fastrecipes.recipes.compress:compress',
     'ship': 'fastrecipes.recipes.ship:ship',
-    'predict': 'fastrecipes.cli:predict',
+    'serve': 'fastrecipes.recipes.serve:serve',
+    'predict': 'fastrecipes.production.predicting:predict',
     'ls': 'fastrecipes.cards:ls',
 }
 
@@ -99,24 +100,3 @@ def _summary(target: str) -> str:
     file = Path(__file__).parents[1].joinpath(*module.split('.')).with_suffix('.py')
     node = next(n for n in ast.parse(file.read_text(encoding='utf8')).body if isinstance(n, ast.FunctionDef) and n.name == name)
     return (ast.get_docstring(node) or '').partition('\n')[0]
-
-
-def predict(bundle: str, images: list[str], *, k: int = 5, json: bool = False) -> int:
-    """Classify images with a shipped bundle; exit code 2 if one of them could not be read.
-
-    Args:
-        bundle: the folder that `fastrecipes ship` wrote
-        images: the image files
-        k: labels an image, the most probable first
-        json: print one object, {image: {label: probability}}
-    """
-    from fastrecipes.production.predictor import Predictor
-    if k < 1: raise BadValue(f'--k: at least 1, got {k}')
-    predictor, answers, code = Predictor(bundle), {}, 0
-    for image in images:
-        try: answers[image] = predictor(image, k=k)
-        except (UserError, OSError) as e: code = _complain(e if image in str(e) else f'{image}: {e}', 2)
-        else:
-            if not json: print('\n'.join(f'{image}  {label}  {p:.4f}' for label, p in answers[image].items()))
-    if json: print(jsonlib.dumps(answers, indent=2, ensure_ascii=False))
-    return code

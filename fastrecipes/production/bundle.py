@@ -23,14 +23,14 @@ from fastrecipes.errors import BadValue
 from fastrecipes.production.export import activation_of, graph_of, input_contract, labels, served
 from fastrecipes.production.predictor import CARD, MODEL, SCHEMA, Graph, Predictor, batched, pixels_of, sha256
 from fastrecipes.production.timing import image_times, medians
+from fastrecipes.production.zipapp import DOCKERFILE, PREDICTING, requirements, serve_pyz
 from fastrecipes.randomness import default_seed
 from fastrecipes.technique import applied
 
 __all__ = ['Bundle', 'Parity', 'write_bundle', 'TOLERANCE']
 
 TOLERANCE = 1e-4                        # of a probability, between the Learner and its bundle
-SERVING = ('onnxruntime', 'numpy', 'Pillow')
-PROVENANCE = ('torch', 'fastai', 'timm', 'onnx', *SERVING)
+PROVENANCE = ('torch', 'fastai', 'timm', 'onnx', *PREDICTING)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Bundle:
 
 
 def write_bundle(learn: Learner, path, *, overwrite: bool = False, accepted: bytes | None = None, compression: list | None = None) -> Bundle:
-    """Write `learn` as a bundle to the folder `path`: model.onnx, bundle.json, requirements.txt.
+    """Write `learn` as a bundle to the folder `path`: model.onnx, bundle.json, and to serve it: requirements.txt, serve.pyz, Dockerfile.
 
     It takes its name only when it has answered, from the image files of the whole validation set, as the Learner does: the same best
     label on every image, probabilities within 1e-4. `accepted`: a graph made from `learn` to write instead; then it must answer exactly
@@ -86,7 +86,9 @@ def write_bundle(learn: Learner, path, *, overwrite: bool = False, accepted: byt
         model, targets = served(learn), labels_of(learn.dls.valid)
         expected = _answers(learn) if accepted is None else answers(Graph(accepted), items, contract)
         (tmp/MODEL).write_bytes(graph_of(learn, model) if accepted is None else accepted)
-        (tmp/'requirements.txt').write_text(''.join(f'{p}>={version(p)}\n' for p in SERVING), encoding='utf8')
+        (tmp/'requirements.txt').write_text(requirements(), encoding='utf8')
+        (tmp/'Dockerfile').write_text(DOCKERFILE, encoding='utf8')
+        (tmp/'serve.pyz').write_bytes(serve_pyz())
         card = dict(schema=SCHEMA, labels=labels(learn), input=contract, files={f.name: sha256(f.read_bytes()) for f in sorted(tmp.iterdir())})
         _write_card(tmp, card)
 
@@ -95,7 +97,8 @@ def write_bundle(learn: Learner, path, *, overwrite: bool = False, accepted: byt
         times = image_times(dict(bundle=Predictor(tmp, threads=1).run, eager=lambda pixels: model(torch.from_numpy(pixels))), contract['size'])
         ms = medians(times)
         size = (tmp/MODEL).stat().st_size
-        more = {'compression': compression} if compression else {}
+        more = dict(compression=compression, ensemble=vars(learn).get('ensemble'), calibration=(c := vars(learn).get('calibration')) and c.record())
+        more = {k: v for k, v in more.items() if v}
         _write_card(tmp, card | dict(metrics=_metrics(got, targets), parity=asdict(parity), latency_ms=ms['bundle'], eager_latency_ms=ms['eager'],
                                      timing=dict(batch=1, threads=1, pairs=len(times['bundle']), machine=platform.machine(), cpus=os.cpu_count()),
                                      size_bytes=size, **more, provenance=_provenance(learn)))

@@ -6,6 +6,7 @@ from fastai.basics import Learner
 from fastrecipes.arguments import checked
 from fastrecipes.errors import BadValue
 from fastrecipes.production.bundle import Bundle, write_bundle
+from fastrecipes.production.ensembles import Ensemble
 from fastrecipes.production.export import graph_of
 from fastrecipes.production.gate import Compressed, costs_too_much
 from fastrecipes.production.quantized import Quantized
@@ -24,7 +25,7 @@ def ship(learn, out: str = 'bundle', *, overwrite: bool = False) -> Bundle:
     the original than its `tolerance`; where `out` is there already; and where the images do not come from `image_folder`.
 
     Args:
-        learn: a fitted Learner, what `compress` gave, or the run folder that either was left in
+        learn: a fitted Learner, an `Ensemble` of networks, what `compress` gave, or the run folder that one of them was left in
         out: the folder to write
         overwrite: replace the bundle in that folder
     """
@@ -32,9 +33,10 @@ def ship(learn, out: str = 'bundle', *, overwrite: bool = False) -> Bundle:
         folder = Path(learn)
         learn = load_run(folder)
         if (folder/STAGES).is_file(): learn = Compressed.load(learn, folder)
+    if isinstance(learn, Ensemble): learn = learn.as_learner()
     if isinstance(learn, Learner):      # of one in 8 bits the graph is what is shipped: the last bit of a pixel in float may round to another step than in torch
         return write_bundle(learn, out, overwrite=overwrite, accepted=graph_of(learn) if isinstance(learn.model, Quantized) else None)
-    if not isinstance(learn, Compressed): raise BadValue(f'learn: a fitted Learner, what compress gave or a run folder, got {type(learn).__name__}')
+    if not isinstance(learn, Compressed): raise BadValue(f'learn: an Ensemble, a fitted Learner, what compress gave or a run folder, got {type(learn).__name__}')
 
     if costs_too_much(learn.accepted.change, learn.tolerance):
         raise BadValue(f'ship: the accepted graph is {learn.accepted.change} from the original on validation images, at most −{learn.tolerance:g} is allowed')
