@@ -3,11 +3,12 @@
     python bench/compress_cifar.py [--data DIR] [--out DIR] [--epochs 4] [--tune 3] [--minutes 25] [--size 64] [--times-smaller 10] [--times-faster 20]
         [--prune-epochs 2] [--part a | b] [--write]
 
-All 50,000 training images but 5 in 100, which choose; all 10,000 test images, which are only reported. EfficientNet-lite0 from its ImageNet weights, on
-images of 64 px, float32 (a CPU is twice as slow with depthwise convolutions in bfloat16), a cache, flips and shifts; one epoch of the head, `epochs` of everything. (a) `compress(max_mb=…, max_ms=…, tolerance=1)`, `tune`
-epochs for each network tried, `minutes` in all; time against eager torch in float32, the network's own. (b) `iterative_prune`: 15 % of the weights at
-a time to 90 %, each step up to `prune-epochs` epochs, as long as validation accuracy comes back to 99.5 % of the original's. What is done is kept
-in OUT (weights, checkpoints, tables) and not done again; `--part` does one of the two, so that both can run beside each other."""
+All 50,000 training images but 5 in 100, which choose; all 10,000 test images, which are only reported. EfficientNet-lite0 from its ImageNet weights,
+on images of 64 px, float32 (with depthwise convolutions a CPU takes twice as long in bfloat16), a cache, flips and shifts; one epoch of the head,
+`epochs` of everything. (a) `compress(max_mb=…, max_ms=…, tolerance=1)`, `tune` epochs for each network tried, `minutes` in all; time against eager
+torch in float32, the network's own. (b) `iterative_prune`: 15 % of the weights at a time to 90 %, each step up to `prune-epochs` epochs, as long as
+validation accuracy comes back to 99.5 % of the original's. What is done is kept in OUT (weights, checkpoints, tables) and not done again; `--part`
+does one of the two, so that both can run beside each other."""
 import argparse
 from pathlib import Path
 
