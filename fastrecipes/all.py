@@ -39,7 +39,9 @@ from fastrecipes.production.distillation import *
 from fastrecipes.production.ensembles import *
 from fastrecipes.production.evaluation import *
 from fastrecipes.production.export import *
+from fastrecipes.production.formats import *
 from fastrecipes.production.gate import *
+from fastrecipes.production.graphs import *
 from fastrecipes.production.iterative import *
 from fastrecipes.production.matching import *
 from fastrecipes.production.members import *

@@ -1,22 +1,29 @@
 "Narrow mends of fastai itself, each with the defect it mends; `FASTRECIPES_REPAIRS=0` leaves fastai as it is."
 import os
+import warnings
+from copy import copy, deepcopy
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import cloudpickle
 import numpy as np
 import torch
-from fastai.basics import Callback, CancelEpochException, L, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, Recorder, noop, patch
+from fastai.basics import (Callback, CancelEpochException, GatherPredsCallback, L, LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, Learner, Recorder, defaults,
+                           get_model, noop, patch)
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
-from fastai.callback.progress import ProgressCallback
+from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import LRFinder
 from fastai.callback.tracker import SaveModelCallback, TrackerCallback
+from fastai.distributed import DistributedTrainer, ParallelTrainer, rank_distrib
 from torch import nn
 from torch.nn import functional as F
 
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.files import whole
 
-__all__ = ['REPAIRS', 'fitting', 'is_trial', 'orientation']
+__all__ = ['REPAIRS', 'bare', 'export_to', 'fitting', 'is_trial', 'orientation', 'with_own_memory']
 REPAIRS = os.environ.get('FASTRECIPES_REPAIRS', '1') != '0'
 
 
@@ -40,6 +47,63 @@ def orientation(monitor: str, metrics=()) -> str:
 
 
 def _nearer_0(value, best): return abs(value) < abs(best)
+
+
+def export_to(learn: Learner, path, pickle_module=cloudpickle, pickle_protocol=2) -> Path:
+    "Pickle a `bare` copy of `learn` to `path` for `load_learner`, whole or not at all; of several processes one writes."
+    path = Path(path)
+    if rank_distrib(): return path
+    with whole(path) as tmp, warnings.catch_warnings():
+        warnings.simplefilter('ignore')          # torch and fastai warn of pickles in general
+        torch.save(bare(learn), tmp, pickle_module=pickle_module, pickle_protocol=pickle_protocol)
+    return path
+
+
+ASKED = ('before_validate', 'before_batch', 'after_pred')      # the events at which a callback can change what a network is asked or answers
+OF_TRAINING = (MixedPrecision, ParallelTrainer, DistributedTrainer, MixHandler, TrackerCallback, CSVLogger, GatherPredsCallback)
+
+
+def bare(learn: Learner) -> Learner:
+    """A copy of `learn` that holds nothing of its training: no data, optimizer, batch or logger, and of its callbacks those that a prediction needs.
+
+    These are fastai's defaults, made anew, and callbacks of others that act on batches or predictions outside training, as those of a text
+    Learner do. Precision is that of training's machine: what is loaded answers in 32 bits, as after `to_fp32()`. The network is shared where its
+    tensors own their memory; one that is wrapped for several devices or compiled is taken out."""
+    new, model = copy(learn), get_model(learn.model)
+    for name, value in list(vars(new).items()):
+        if isinstance(value, Callback): delattr(new, name)
+    new._end_cleanup()
+    new.model = with_own_memory(getattr(model, '_orig_mod', model))
+    new.dls, new.opt, new.logger, new.cbs, new.loss_grad = learn.dls.new_empty(), None, print, L(), None
+    if 'techniques' in vars(learn):
+        new.techniques = {n: replace(a, arguments={k: v if _plain(v) else f'<{type(v).__name__}>' for k, v in a.arguments.items()}) for n, a in learn.techniques.items()}
+    for cb in learn.cbs:
+        if type(cb) in defaults.callbacks or isinstance(cb, ProgressCallback): new.add_cb(copy(cb) if isinstance(cb, Recorder) else type(cb)())     # a fit that died leaves bars
+        elif _takes_part(cb): new.add_cb(copy(cb))
+    return new
+
+
+def _takes_part(cb: Callback) -> bool:
+    "Whether a callback, of others than us, may change what a network answers when it is asked."
+    if hasattr(cb, 'undoable') or isinstance(cb, OF_TRAINING) or not cb.run_valid: return False          # ours leave their work in the network, and are gone
+    return any(hasattr(type(cb), event) for event in ASKED)
+
+
+def with_own_memory(model: nn.Module) -> nn.Module:
+    "`model`, or a copy of it where a tensor is a part of a larger one: files hold the whole of what is pointed into."
+    def owns(t): return t.device.type == 'meta' or t.layout != torch.strided or t.untyped_storage().nbytes() <= t.numel()*t.element_size()
+    if all(map(owns, (*model.parameters(), *model.buffers()))): return model
+    model = deepcopy(model)
+    with torch.no_grad():
+        for t in (*model.parameters(), *model.buffers()):
+            if not owns(t): t.data = t.data.clone()
+    return model
+
+
+def _plain(v) -> bool:
+    "Whether an argument of a technique can be pickled for years: no teacher, no modules."
+    if isinstance(v, (list, tuple)): return all(map(_plain, v))
+    return v is None or isinstance(v, (bool, int, float, str))
 
 
 if REPAIRS:
@@ -160,12 +224,11 @@ if REPAIRS:
 
     @patch
     def export(self: Learner, fname='export.pkl', pickle_module=cloudpickle, pickle_protocol=2):
-        """Save what inference needs, whole or not at all. When it cannot be pickled, fastai 2.8.12 leaves half a file, and the Learner
-        without data and optimizer: later fits train nothing."""
-        dls, opt = self.dls, self.opt
-        try:
-            with whole(self.path/fname) as tmp: self._orig_export(tmp.absolute(), pickle_module, pickle_protocol)
-        finally: self.dls, self.opt = dls, opt
+        """Save what inference needs, whole or not at all, to `fname` in the Learner's folder; the Learner itself is not touched.
+
+        When it cannot be pickled, fastai 2.8.12 leaves half a file, and the Learner without data and optimizer: later fits train nothing.
+        It pickles what only training needs along: a teacher, the average of weights, a log file that is open (which fails)."""
+        export_to(self, self.path/fname, pickle_module, pickle_protocol)
 
     @patch
     def load(self: Learner, file, device=None, **kwargs):

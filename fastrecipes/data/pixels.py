@@ -9,10 +9,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastrecipes.errors import BadValue, nearest
 
-__all__ = ['read_image', 'fit_image', 'RESIZES']
+__all__ = ['read_image', 'fit_image', 'fit_to', 'RESIZES', 'CROPS']
 
 Resize = Literal['crop', 'squish', 'pad']
 RESIZES = get_args(Resize)
+CROPS = ('center', 'squash')      # how the makers of published weights read images: to a larger size, and the middle of that
 FOREIGN = ('EPS', 'WMF')        # Pillow hands these to another program (Ghostscript, GDI): no place for somebody's upload
 
 
@@ -92,3 +93,25 @@ def fit_image(im: Image.Image, size: tuple[int, int], resize: str = 'crop', cent
     if resize == 'pad': return ImageOps.pad(im, size, Image.Resampling.BILINEAR, centering=centering)
     if resize == 'squish': return im.resize(size, Image.Resampling.BILINEAR)
     raise BadValue(f'resize: one of {", ".join(RESIZES)}, got {resize!r}{nearest(resize, RESIZES)}')
+
+
+def fit_to(im: Image.Image, contract: dict) -> Image.Image:
+    """Bring `im` to the input of a graph by its `contract` (`input` of bundle.json): by `fit_image`, or as published weights have it.
+
+    These resize to `scale` (width, height), distorted ('squash') or by the shorter side ('center'), by Pillow's `interpolation`, and take the middle
+    `size`, with black where there is less: what torchvision's `Resize` and `CenterCrop` do, to the pixel."""
+    size, resize = tuple(contract['size']), contract['resize']
+    if resize not in CROPS: return fit_image(im, size, resize)
+    w, h = contract['scale']
+    if resize == 'center': w, h = (w, int(w*im.height/im.width)) if im.width <= im.height else (int(h*im.width/im.height), h)
+    if im.size != (w, h): im = im.resize((w, h), Image.Resampling[contract['interpolation'].upper()])
+    if w < size[0] or h < size[1]: im = _on_black(im, (max(w, size[0]), max(h, size[1])))
+    left, top = (round((a-b)/2) for a, b in zip(im.size, size))
+    return im.crop((left, top, left+size[0], top+size[1]))
+
+
+def _on_black(im: Image.Image, size: tuple[int, int]) -> Image.Image:
+    "`im` in the middle of a larger black one, one pixel nearer to the upper left where it does not come out even."
+    larger = Image.new(im.mode, size)
+    larger.paste(im, ((size[0]-im.width)//2, (size[1]-im.height)//2))
+    return larger

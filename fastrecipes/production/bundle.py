@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.basics import L, Learner
+from fastai.basics import Learner
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 
@@ -21,22 +21,23 @@ from fastrecipes import __version__
 from fastrecipes.data.loaders import labels_of
 from fastrecipes.errors import BadValue
 from fastrecipes.production.export import activation_of, graph_of, input_contract, labels, served
+from fastrecipes.production.parity import TOLERANCE, as_it_was, full_precision
 from fastrecipes.production.predictor import CARD, MODEL, SCHEMA, Graph, Predictor, batched, pixels_of, sha256
 from fastrecipes.production.timing import image_times, medians
 from fastrecipes.production.zipapp import DOCKERFILE, PREDICTING, requirements, serve_pyz
 from fastrecipes.randomness import default_seed
 from fastrecipes.technique import applied
 
-__all__ = ['Bundle', 'Parity', 'write_bundle', 'TOLERANCE']
+__all__ = ['Bundle', 'Parity', 'write_bundle', 'TOLERANCE', 'PUBLISHED']
 
-TOLERANCE = 1e-4                        # of a probability, between the Learner and its bundle
+PUBLISHED = 'the published network'
 PROVENANCE = ('torch', 'fastai', 'timm', 'onnx', *PREDICTING)
 
 
 @dataclass(frozen=True)
 class Parity:
     """How a bundle compares with what it was made from: images compared, those with the same best label, the largest difference of a
-    probability; `versus`: 'the Learner', or 'the accepted graph' of a `Compressed`."""
+    probability; `versus`: 'the Learner', 'the accepted graph' of a `Compressed`, or 'the published network'."""
     n: int
     agree: int
     max_diff: float
@@ -46,9 +47,11 @@ class Parity:
     def holds(self) -> bool: return self.agree == self.n and self.max_diff <= self.allowed
 
     @property
-    def allowed(self) -> float: return TOLERANCE if self.versus == 'the Learner' else 0.
+    def allowed(self) -> float: return 0. if self.versus == 'the accepted graph' else TOLERANCE
 
-    def __str__(self): return f'{self.versus}\'s label on {self.agree} of {self.n} validation images, probabilities within {self.max_diff:.1g}'
+    def __str__(self):
+        images = 'pictures made for it' if self.versus == PUBLISHED else 'validation images'
+        return f'{self.versus}\'s label on {self.agree} of {self.n} {images}, probabilities within {self.max_diff:.1g}'
 
 
 @dataclass(frozen=True)
@@ -76,35 +79,52 @@ def write_bundle(learn: Learner, path, *, overwrite: bool = False, accepted: byt
     label on every image, probabilities within 1e-4. `accepted`: a graph made from `learn` to write instead; then it must answer exactly
     as that graph does. `compression`: what the card tells of how it came to be. Raises `ValueError`, and leaves nothing behind, where an
     answer differs; where `path` is there already and not `overwrite`, or is no bundle; and where the data are not those of `image_folder`."""
-    path = Path(path)
-    _check_target(path, overwrite)
+    _check_target(Path(path), overwrite)
     contract, items = input_contract(learn), list(learn.dls.valid.items)
     if not items: raise BadValue('ship: there is no validation image to verify the bundle on; set learn.dls to DataLoaders that have some, for an exported Learner has none')
 
-    tmp = _beside(path)
-    try:
+    with new_bundle(path, overwrite) as tmp:
         model, targets = served(learn), labels_of(learn.dls.valid)
         expected = _answers(learn) if accepted is None else answers(Graph(accepted), items, contract)
-        (tmp/MODEL).write_bytes(graph_of(learn, model) if accepted is None else accepted)
-        (tmp/'requirements.txt').write_text(requirements(), encoding='utf8')
-        (tmp/'Dockerfile').write_text(DOCKERFILE, encoding='utf8')
-        (tmp/'serve.pyz').write_bytes(serve_pyz())
-        card = dict(schema=SCHEMA, labels=labels(learn), input=contract, files={f.name: sha256(f.read_bytes()) for f in sorted(tmp.iterdir())})
-        _write_card(tmp, card)
-
+        card = fill(tmp, graph_of(learn, model) if accepted is None else accepted, labels(learn), contract)
         got = Predictor(tmp).probabilities(items)
-        parity = _compare(got, expected, items, 'the Learner' if accepted is None else 'the accepted graph')
-        times = image_times(dict(bundle=Predictor(tmp, threads=1).run, eager=lambda pixels: model(torch.from_numpy(pixels))), contract['size'])
-        ms = medians(times)
-        size = (tmp/MODEL).stat().st_size
+        parity = compared(got, expected, items, 'the Learner' if accepted is None else 'the accepted graph')
         more = dict(compression=compression, ensemble=vars(learn).get('ensemble'), calibration=(c := vars(learn).get('calibration')) and c.record())
         more = {k: v for k, v in more.items() if v}
-        _write_card(tmp, card | dict(metrics=_metrics(got, targets), parity=asdict(parity), latency_ms=ms['bundle'], eager_latency_ms=ms['eager'],
-                                     timing=dict(batch=1, threads=1, pairs=len(times['bundle']), machine=platform.machine(), cpus=os.cpu_count()),
-                                     size_bytes=size, **more, provenance=_provenance(learn)))
+        return finish(tmp, path, card, model, parity, metrics=_metrics(got, targets), **more, provenance=_provenance(learn))
+
+
+@contextmanager
+def new_bundle(path, overwrite: bool = False):
+    "An empty folder to fill, which takes the name `path` when the block ends well, and goes when it does not. Raises for a `path` that must stay."
+    path = Path(path)
+    _check_target(path, overwrite)
+    tmp = _beside(path)
+    try:
+        yield tmp
         _put_in_place(tmp, path.resolve())
     finally: shutil.rmtree(tmp, ignore_errors=True)
-    return Bundle(path, parity, ms['bundle'], ms['eager'], size)
+
+
+def fill(folder: Path, graph: bytes, labels: list[str], contract: dict) -> dict:
+    "Write the graph and what serves it to `folder`, so that a `Predictor` can read it, and return the card so far."
+    (folder/MODEL).write_bytes(graph)
+    (folder/'requirements.txt').write_text(requirements(), encoding='utf8')
+    (folder/'Dockerfile').write_text(DOCKERFILE, encoding='utf8')
+    (folder/'serve.pyz').write_bytes(serve_pyz())
+    card = dict(schema=SCHEMA, labels=labels, input=contract, files={f.name: sha256(f.read_bytes()) for f in sorted(folder.iterdir())})
+    _write_card(folder, card)
+    return card
+
+
+def finish(folder: Path, path, card: dict, model, parity: Parity, *, provenance: dict, **more) -> Bundle:
+    "Time the bundle in `folder` beside `model` in eager torch, and write the rest of its card."
+    times = image_times(dict(bundle=Predictor(folder, threads=1).run, eager=lambda pixels: model(torch.from_numpy(pixels))), card['input']['size'])
+    ms, size = medians(times), (folder/MODEL).stat().st_size
+    _write_card(folder, card | dict(more, parity=asdict(parity), latency_ms=ms['bundle'], eager_latency_ms=ms['eager'],
+                                    timing=dict(batch=1, threads=1, pairs=len(times['bundle']), machine=platform.machine(), cpus=os.cpu_count()),
+                                    size_bytes=size, provenance=provenance))
+    return Bundle(Path(path), parity, ms['bundle'], ms['eager'], size)
 
 
 def _check_target(path: Path, overwrite: bool):
@@ -142,7 +162,7 @@ def _write_card(folder: Path, card: dict): (folder/CARD).write_text(json.dumps(c
 def _answers(learn: Learner) -> np.ndarray:
     "The Learner's own probabilities `(n, c)` on its validation set, in 32 bits throughout."
     aside = [cb for cb in learn.cbs if isinstance(cb, (MixedPrecision, ProgressCallback))]
-    with _as_it_was(learn), learn.removed_cbs(aside), _full_precision():
+    with as_it_was(learn), learn.removed_cbs(aside), full_precision():
         p, _ = learn.get_preds(act=activation_of(learn.loss_func))
     return np.asarray(p.float())
 
@@ -152,40 +172,14 @@ def answers(graph: Graph, items, contract: dict) -> np.ndarray:
     return np.concatenate([graph(batch) for batch in batched(items, lambda x: pixels_of(x, contract))])
 
 
-@contextmanager
-def _as_it_was(learn: Learner):
-    "Undo what `get_preds` does to a Learner: it empties the Recorder, restarts the count of epochs, and leaves evaluation mode on."
-    cbs, modes = list(learn.cbs), {m: m.training for m in learn.model.modules()}
-    states = [(o, dict(vars(o))) for o in (learn, *cbs)]
-    try: yield
-    finally:
-        for o, before in states:
-            vars(o).clear()
-            vars(o).update(before)
-        learn.cbs = L(cbs)                       # `removed_cbs` puts them back at the end
-        for m, training in modes.items(): m.training = training
-
-
-@contextmanager
-def _full_precision():
-    "No TF32 on a GPU: its 10 bits of mantissa move probabilities by more than a bundle may."
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [b.allow_tf32 for b in backends]
-    for b in backends: b.allow_tf32 = False
-    try: yield
-    finally:
-        for b, was in zip(backends, before): b.allow_tf32 = was
-
-
-def _compare(got, expected, items, versus: str) -> Parity:
+def compared(got, expected, items, versus: str) -> Parity:
     "The bundle's answers beside those of what it was made from; raises where they are not the same."
     off = np.abs(got-expected).max(1)
     differs = got.argmax(1) != expected.argmax(1)
     parity = Parity(len(items), int((~differs).sum()), float(off.max()), versus)
     if parity.holds: return parity
-    worst = items[int((off + differs).argmax())]
-    raise BadValue(f'ship: the bundle does not answer as {versus} does, so none was written: {parity}, at most {parity.allowed:g} is allowed '
-                   f'(worst: {worst}). Do the validation transforms do more than image_folder\'s, resize, scale and normalise?')
+    advice = '' if versus == PUBLISHED else f' (worst: {items[int((off + differs).argmax())]}). Do the validation transforms do more than image_folder\'s, resize, scale and normalise?'
+    raise BadValue(f'ship: the bundle does not answer as {versus} does, so none was written: {parity}, at most {parity.allowed:g} is allowed{advice}')
 
 
 def _metrics(p, y) -> dict:
@@ -198,7 +192,10 @@ def _metrics(p, y) -> dict:
 def _provenance(learn: Learner) -> dict:
     "What it was made with: versions, seed, data, techniques, command, date."
     keyed = getattr(learn, 'keyed_cb', None)
-    return dict(fastrecipes=__version__, python=platform.python_version(), versions={p: version(p) for p in PROVENANCE},
-                seed=keyed.seed if keyed else default_seed(), data=getattr(getattr(learn.dls, 'holdings', None), 'fingerprint', None),
-                techniques=list(applied(learn)), command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-                date=datetime.now().astimezone().isoformat(timespec='seconds'))
+    return provenance(seed=keyed.seed if keyed else default_seed(), data=getattr(getattr(learn.dls, 'holdings', None), 'fingerprint', None), techniques=list(applied(learn)))
+
+
+def provenance(**made_of) -> dict:
+    "Versions, command and date, and what else is known of how a bundle was made."
+    return dict(fastrecipes=__version__, python=platform.python_version(), versions={p: version(p) for p in PROVENANCE}, **made_of,
+                command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), date=datetime.now().astimezone().isoformat(timespec='seconds'))

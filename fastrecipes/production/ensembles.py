@@ -16,7 +16,8 @@ from fastrecipes.errors import BadValue, few, nearest
 from fastrecipes.production.bundle import TOLERANCE
 from fastrecipes.production.calibration import Calibration, calibrated
 from fastrecipes.production.evaluation import Evaluation, judged
-from fastrecipes.production.export import activation_of, input_contract, to_onnx
+from fastrecipes.production.export import activation_of, input_contract
+from fastrecipes.production.formats import to_onnx
 from fastrecipes.production.members import Estimator, Network, member_of, pixels_in
 from fastrecipes.production.quantized import Quantized
 from fastrecipes.production.voting import LEAST, Mean, Vote, meta_learner, mixture_weights, vote_weights
@@ -185,7 +186,7 @@ class Ensemble:
 
     def to_onnx(self, path) -> Path:
         "Write all members and how they are combined as one graph: uint8 pixels `(n, h, w, 3)` in, probabilities out, labels and input as metadata. Raises as `as_learner` does."
-        return to_onnx(self.as_learner(), path)
+        return to_onnx(self.as_learner(), path).path
 
     def __repr__(self): return f'Ensemble({self.kind}{", flip" if self.flip else ""}) of {", ".join(self.names)}'
 

@@ -19,8 +19,8 @@ from fastrecipes.data.statistics import normalizes
 from fastrecipes.errors import BadValue
 from fastrecipes.files import writes
 from fastrecipes.losses.classification import classes_of
-from fastrecipes.production.bundle import _as_it_was, _full_precision
 from fastrecipes.production.export import activation_of
+from fastrecipes.production.parity import as_it_was, full_precision
 from fastrecipes.randomness import default_seed, stream
 
 __all__ = ['Estimator', 'Mirror']
@@ -45,7 +45,7 @@ class Network:
         learn = self.learn
         own = seen_by(dl, learn.dls.valid, flip)
         aside = [cb for cb in learn.cbs if isinstance(cb, (MixedPrecision, ProgressCallback))]
-        with _as_it_was(learn), learn.removed_cbs(aside), _full_precision(), unvaried(dl.dataset):
+        with as_it_was(learn), learn.removed_cbs(aside), full_precision(), unvaried(dl.dataset):
             p, y = learn.get_preds(dl=own, act=act or activation_of(learn.loss_func), reorder=False)    # else fastai renews it, and varies it
         return torch.Tensor(p.float()), None if y is None else y
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastrecipes.data.pixels import fit_image, read_image
+from fastrecipes.data.pixels import fit_to, read_image
 from fastrecipes.errors import BadValue, NotThere
 
 __all__ = ['Predictor', 'Graph', 'SCHEMA', 'CARD', 'MODEL', 'sha256']
@@ -80,7 +80,7 @@ class Predictor:
 def pixels_of(x, contract: dict) -> np.ndarray:
     "One image (path, bytes, Pillow image, uint8 array) as a bundle's graph takes it by its `contract` (`input` of bundle.json): uint8 `(h, w, 3)`."
     im = Image.fromarray(_checked(x)) if isinstance(x, np.ndarray) else read_image(x)
-    return np.asarray(fit_image(im, tuple(contract['size']), contract['resize']))
+    return np.asarray(fit_to(im, contract))
 
 
 def batched(images, pixels, n: int = BATCH):

@@ -18,8 +18,9 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from fastrecipes.data.keyed import keyed, with_train
 from fastrecipes.errors import BadValue
 from fastrecipes.files import writes
+from fastrecipes.production.graphs import any_number, as_onnx, reason
 from fastrecipes.production.pruning import Prune
-from fastrecipes.production.quantized import any_number, as_onnx, reason, two_samples
+from fastrecipes.production.quantized import two_samples
 from fastrecipes.randomness import forked
 from fastrecipes.technique import TECHNIQUES, applied
 from fastrecipes.training.precision import device_of
@@ -105,7 +106,7 @@ def fake_quantized(model: nn.Module, xb: tuple[torch.Tensor, ...], batches: Sequ
     batch norms: folded into the convolution before them, or with the statistics that they have. Raises `ValueError` where torch cannot trace
     it (control flow that depends on the data, say), and where it has no layer that can be quantized."""
     net = deepcopy(model).cpu().float().eval().requires_grad_(True)
-    try: traced = torch.export.export(net, xb, dynamic_shapes=any_number(xb)).module(check_guards=False)
+    try: traced = torch.export.export(net, xb, dynamic_shapes=any_number(net, xb)).module(check_guards=False)
     except Exception as e:      # a tracer meets whatever people write
         raise BadValue(f"quantize: torch cannot trace this network, so it cannot be trained for 8 bits ({reason(e)}); call quantize('static')") from e
     made = FakeQuantized(prepare_pt2e(traced, U8S8()))

@@ -15,7 +15,8 @@ from onnx import compose
 from fastrecipes.data.loaders import first_sample, shapes
 from fastrecipes.data.statistics import normalization_of
 from fastrecipes.errors import BadValue
-from fastrecipes.production.export import activation_of, compact, input_contract, labels, pooled, quiet_export, without_traces
+from fastrecipes.production.export import Pixels, activation_of, input_contract, labels
+from fastrecipes.production.graphs import as_onnx, compact
 from fastrecipes.production.predictor import Graph
 from fastrecipes.production.timing import interleaved
 from fastrecipes.report.intervals import Difference, Estimate
@@ -122,33 +123,6 @@ def _array(x: torch.Tensor, kind: str) -> np.ndarray:
     return np.ascontiguousarray((x.float() if x.is_floating_point() else x).numpy().astype(TYPES[kind], copy=False))
 
 
-def as_onnx(model: nn.Module, xb: tuple[torch.Tensor, ...]) -> onnx.ModelProto:
-    """`model`, which is on the CPU and in evaluation mode, as an ONNX graph of inputs `x0`, `x1`, … with any number of samples and one output `y`.
-
-    `xb`: two samples of its inputs. Raises `ValueError` where torch cannot write it, or it gives more than one tensor."""
-    try:
-        with quiet_export(), torch.no_grad():
-            program = torch.onnx.export(model, xb, dynamo=True, external_data=False, verbose=False, dynamic_shapes=any_number(xb),
-                                        input_names=[f'x{i}' for i in range(len(xb))], output_names=['y'])
-    except (torch.onnx.OnnxExporterError, torch.onnx.errors.UnsupportedOperatorError) as e: raise BadValue(f'quantize: torch cannot write this network as ONNX: {reason(e)}') from e
-    proto = pooled(without_traces(program.model_proto))
-    if len(proto.graph.output) != 1: raise BadValue(f'quantize: needs a network of one output, this one has {len(proto.graph.output)}')
-    onnx.checker.check_model(proto, full_check=True)
-    return proto
-
-
-def any_number(xb) -> tuple[dict, ...]:
-    "The dynamic shapes of inputs that have any number of samples."
-    n = torch.export.Dim('n')
-    return tuple({0: n} for _ in xb)
-
-
-def reason(e: BaseException) -> str:
-    "The first line of what lies below an error of the exporter."
-    while e.__cause__ is not None: e = e.__cause__
-    return (str(e).strip() or type(e).__name__).split('\n')[0]
-
-
 def two_samples(learn: Learner) -> tuple[torch.Tensor, ...]:
     "Inputs for the network of `learn`, two samples, on the CPU. Raises `ValueError` where they are no tensors."
     try: xb = seen[0] if (seen := first_sample(learn.dls)) is not None else tuple(learn.dls.one_batch()[:getattr(learn.dls, 'n_inp', 1)])
@@ -195,19 +169,11 @@ def pixels_graph(learn: Learner) -> bytes:
     w, h = contract['size']
     core = onnx.load_from_string(learn.model.graph)
 
-    class Before(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.normalize = normalize
-        def forward(self, pixels):
-            x = pixels.permute(0, 3, 1, 2).float()/255
-            return x if self.normalize is None else self.normalize(x)
-
     class After(nn.Module):
         def forward(self, y): return activation(y)
 
     pixels = torch.randint(256, (2, h, w, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    before = as_onnx(Before().eval(), (pixels,))
+    before = as_onnx(Pixels(normalize).eval(), (pixels,))
     after = as_onnx(After().eval(), (learn.model(*(torch.zeros(2, *[d.dim_value for d in i.type.tensor_type.shape.dim[1:]]) for i in core.graph.input)),))
     parts = [compose.add_prefix(p, prefix) for p, prefix in ((before, 'before/'), (core, ''), (after, 'after/'))]
     for p in parts:

@@ -15,7 +15,7 @@ from fastrecipes.data.loaders import in_order, unvaried
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.files import writes
 from fastrecipes.objective import cross_entropy_of
-from fastrecipes.production.export import compact
+from fastrecipes.production.graphs import compact
 from fastrecipes.production.quantization import quantize_dynamic, quantize_within, quantized_share
 from fastrecipes.production.quantized import Quantization, Quantized, network_graph, quantized_learner, times_of_one, two_samples
 from fastrecipes.randomness import forked, stream

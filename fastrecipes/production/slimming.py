@@ -11,7 +11,7 @@ from fastai.callback.hook import total_params
 
 from fastrecipes.errors import BadValue, few, nearest
 from fastrecipes.layers.surgery import CONVOLUTIONS, WEIGHTED, renew_optimizer
-from fastrecipes.production.export import quiet_export
+from fastrecipes.production.graphs import quiet_export
 from fastrecipes.production.predictor import Graph
 from fastrecipes.production.timing import interleaved
 from fastrecipes.technique import say, technique

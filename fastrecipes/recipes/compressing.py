@@ -11,8 +11,9 @@ from fastai.callback.hook import total_params
 from fastrecipes.data.keyed import keyed
 from fastrecipes.data.statistics import PixelMap, normalization_of, normalized_by
 from fastrecipes.errors import BadValue, few
-from fastrecipes.production.export import compact, graph_of, input_contract
+from fastrecipes.production.export import graph_of, input_contract
 from fastrecipes.production.gate import Candidate, Considered, Gate
+from fastrecipes.production.graphs import compact
 from fastrecipes.production.predictor import Graph, batched, pixels_of
 from fastrecipes.production.quantization import quantize_dynamic, quantize_static, quantize_within, quantized_share
 from fastrecipes.production.search import MOST, Budget, least_cut

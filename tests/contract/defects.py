@@ -269,14 +269,22 @@ def an_exception_without_a_message_becomes_an_index_error(here):
 
 @defect
 def a_failed_export_empties_the_learner(here):
-    learn = toy(here, cbs=CSVLogger())
+    learn = toy(here)
     learn.fit(1)
-    opt = learn.opt
+    opt, learn.unpicklable = learn.opt, (i for i in range(3))
     e = error(learn.export)
     wrong = not (e and len(learn.dls.train.dataset) == 24 and learn.opt is opt)
-    learn.remove_cb(CSVLogger)
+    del learn.unpicklable
     learn.fit(1)
     return wrong, f'{type(e).__name__}; then {len(learn.dls.train.dataset)} training samples, {len(learn.recorder.losses)} batches in the next fit'
+
+
+@defect
+def a_learner_that_writes_a_log_cannot_be_exported(here):
+    learn = toy(here, cbs=CSVLogger())
+    learn.fit(1)
+    e = error(learn.export)
+    return e is not None, said(e) if e else f'{(learn.path/"export.pkl").stat().st_size:,} bytes'
 
 
 # losses

@@ -91,7 +91,7 @@ def test_a_failure_in_the_middle_leaves_neither_folder_nor_a_changed_learner(lea
         def forward(self, x): return super().forward(x) if x.sum() > 0 else -super().forward(x)
     learn.model = Branches(*learn.model).train()
     before, modes, opt, threads = list(learn.cbs), [m.training for m in learn.model.modules()], learn.opt, torch.get_num_threads()
-    with pytest.raises(BadValue, match='cannot write this model as ONNX'): ship(learn, tmp_path/'b')
+    with pytest.raises(BadValue, match='cannot write this network as ONNX'): ship(learn, tmp_path/'b')
     assert nothing_left(tmp_path) and learn.opt is opt and list(learn.cbs) == before and torch.get_num_threads() == threads
     assert [m.training for m in learn.model.modules()] == modes and len(learn.dls.valid.items) == 21
 

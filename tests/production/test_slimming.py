@@ -8,7 +8,8 @@ from fastai.callback.tracker import SaveModelCallback
 from fastai.layers import ResBlock
 
 from fastrecipes.production import slimming
-from fastrecipes.production.export import quiet_export, export_learner
+from fastrecipes.production.export import export_learner
+from fastrecipes.production.graphs import quiet_export
 from fastrecipes.production.slimming import channel_groups, one_image_ms, onnx_runner, slimmed, widths
 
 from ..layers.learners import digits, pictures
