@@ -46,6 +46,7 @@ from fastrecipes.production.iterative import *
 from fastrecipes.production.matching import *
 from fastrecipes.production.members import *
 from fastrecipes.production.predictor import *
+from fastrecipes.production.pretrained import *
 from fastrecipes.production.pruning import *
 from fastrecipes.production.quantization import *
 from fastrecipes.production.quantized import *

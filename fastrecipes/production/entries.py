@@ -67,7 +67,7 @@ def entry_of(learn: Learner, who: str) -> Entry:
         module = None if hasattr(learn.model, 'pixels_graph') else served(learn)
         return Entry(module, ('pixels',), kind='pixels', example=(pixels,), card=dict(labels=json.dumps(labels(learn)), input=json.dumps(contract)), **common)
     if hasattr(learn.model, 'pixels_graph'): raise BadValue(f'{who}: of networks in 8 bits those on data of image_folder are written; the graph of this one is learn.model.graph')
-    net, first = plain_network(learn), any(isinstance(cb, RNNCallback) for cb in learn.cbs)
+    net, first = plain_network(learn, who), any(isinstance(cb, RNNCallback) for cb in learn.cbs)
     if isinstance(learn.dls.valid, TabDataLoader):
         module = Table(net, activation, *(columns := _spread(learn))[1:])
         card = dict(kind='table', categories={n: [str(v) for v in learn.dls.classes[n]] for n in learn.dls.cat_names}, continuous=list(learn.dls.cont_names),

@@ -53,10 +53,16 @@ def served(learn: Learner) -> Served:
     return Served(plain_network(learn), activation_of(learn.loss_func), normalization_of(learn)).eval()
 
 
-def plain_network(learn: Learner) -> nn.Module:
-    "A copy of the network of `learn` on the CPU, in 32 bits and evaluation mode, without gradients and without what wraps it for several devices or compiled."
+def plain_network(learn: Learner, who: str = 'ship') -> nn.Module:
+    """A copy of the network of `learn` on the CPU, in 32 bits and evaluation mode, without gradients and without what wraps it for several devices or compiled.
+
+    Raises `ValueError`, in the name of `who`, for one that cannot be copied, as fastai's recurrent networks of texts."""
     model = get_model(learn.model)
-    model = deepcopy(getattr(model, '_orig_mod', model)).cpu().float().eval().requires_grad_(False)
+    try: model = deepcopy(getattr(model, '_orig_mod', model))
+    except RuntimeError as e:
+        raise BadValue(f'{who}: {type(model).__name__} holds tensors that torch cannot copy (a weight that is computed anew in each pass, as in AWD_LSTM), so no graph is made of it; '
+                       'export() keeps it for load_learner') from e
+    model = model.cpu().float().eval().requires_grad_(False)
     for m in list(model.modules()):
         for name, child in m.named_children():
             if isinstance(child, ToTensorBase): setattr(m, name, nn.Identity())         # of a unet: types of tensors are nothing to a graph, and torch cannot trace them

@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from fastrecipes.errors import BadValue
 
-__all__ = ['OPSETS', 'as_onnx', 'any_number', 'check_opset', 'compact', 'opset_of', 'ops_of', 'pooled', 'quiet_export', 'reason', 'without_traces']
+__all__ = ['OPSETS', 'as_onnx', 'compact', 'opset_of', 'ops_of']
 
 OPSETS = range(18, 26)  # torch 2.15 writes these; of others it leaves the graph at 18, or half converted. onnxruntime 1.23 and later run them
 

@@ -242,6 +242,23 @@ def test_what_torch_cannot_write_is_one_sentence(make_learn, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Recurrent(nn.Linear):
+    "A weight that is computed anew in each pass, as fastai's WeightDropout leaves it in an AWD_LSTM: no leaf, which torch does not copy."
+    def forward(self, x):
+        self.dropped = self.weight*1.
+        return F.linear(x, self.dropped, self.bias)
+
+
+@pytest.mark.parametrize('write', FORMATS)
+def test_a_network_that_cannot_be_copied_is_one_sentence(toy, tmp_path, write):
+    learn = toy(model=Recurrent(4, 3))
+    learn.fit(1)
+    learn.model.train()(torch.zeros(1, 4))
+    with pytest.raises(BadValue, match=f'^{write.__name__}: Recurrent holds tensors that torch cannot copy.*export'): write(learn, tmp_path/'m')
+    learn.export(tmp_path/'l.pkl')
+    assert [f.name for f in tmp_path.iterdir()] == ['l.pkl']
+
+
 def test_without_validation_samples_nothing_is_written(learn, toy, tmp_path):
     learn.dls = learn.dls.new_empty()
     with pytest.raises(BadValue, match='^to_onnx: there is no .* sample'): to_onnx(learn, tmp_path/'m')

