@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.files import whole
 
-__all__ = ['REPAIRS', 'bare', 'export_to', 'fitting', 'is_trial', 'orientation', 'with_own_memory']
+__all__ = ['REPAIRS', 'bare', 'export_to', 'fitting', 'holding', 'is_trial', 'orientation', 'with_own_memory']
 REPAIRS = os.environ.get('FASTRECIPES_REPAIRS', '1') != '0'
 
 
@@ -69,17 +69,25 @@ def bare(learn: Learner) -> Learner:
     These are fastai's defaults, made anew, and callbacks of others that act on batches or predictions outside training, as those of a text
     Learner do. Precision is that of training's machine: what is loaded answers in 32 bits, as after `to_fp32()`. The network is shared where its
     tensors own their memory; one that is wrapped for several devices or compiled is taken out."""
-    new, model = copy(learn), get_model(learn.model)
-    for name, value in list(vars(new).items()):
-        if isinstance(value, Callback): delattr(new, name)
-    new._end_cleanup()
-    new.model = with_own_memory(getattr(model, '_orig_mod', model))
-    new.dls, new.opt, new.logger, new.cbs, new.loss_grad = learn.dls.new_empty(), None, print, L(), None
+    model = get_model(learn.model)
+    new = holding(learn, with_own_memory(getattr(model, '_orig_mod', model)))
+    new.dls, new.logger, new.loss_grad = learn.dls.new_empty(), print, None
     if 'techniques' in vars(learn):
         new.techniques = {n: replace(a, arguments={k: v if _plain(v) else f'<{type(v).__name__}>' for k, v in a.arguments.items()}) for n, a in learn.techniques.items()}
     for cb in learn.cbs:
         if type(cb) in defaults.callbacks or isinstance(cb, ProgressCallback): new.add_cb(copy(cb) if isinstance(cb, Recorder) else type(cb)())     # a fit that died leaves bars
         elif _takes_part(cb): new.add_cb(copy(cb))
+    return new
+
+
+def holding(learn: Learner, model: nn.Module) -> Learner:
+    "A copy of `learn` that holds `model`: no callbacks, optimizer and batch; its techniques are a record of its own."
+    new = copy(learn)
+    for name, value in list(vars(new).items()):
+        if isinstance(value, Callback): delattr(new, name)
+    new._end_cleanup()
+    new.model, new.opt, new.cbs = model, None, L()
+    if 'techniques' in vars(learn): new.techniques = dict(learn.techniques)
     return new
 
 

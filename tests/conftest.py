@@ -1,5 +1,6 @@
 "What many tests stand on: small real data, made once."
 import os
+import shutil
 
 os.environ.setdefault('OMP_NUM_THREADS', '1' if 'PYTEST_XDIST_WORKER' in os.environ else '2')
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
@@ -50,3 +51,16 @@ def toy():
         learn.logger = lambda row: None
         return learn
     return make
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "A headless Chromium: the system's, else one that playwright has installed."
+    sync_api = pytest.importorskip('playwright.sync_api', reason='playwright is not installed (extra dev)')
+    found = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
+    quiet = ['--no-sandbox', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--no-first-run', '--disable-gpu']
+    with sync_api.sync_playwright() as p:
+        if found is None and not os.path.exists(p.chromium.executable_path): pytest.skip('no chromium on this machine')
+        b = p.chromium.launch(executable_path=found, args=quiet)
+        yield b
+        b.close()

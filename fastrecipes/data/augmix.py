@@ -76,7 +76,7 @@ def augment_and_mix(x: torch.Tensor, ops: torch.Tensor, levels: torch.Tensor, si
 
 class AugMixViews(Transform):
     """Mix each training image; in its place, or, for the consistency loss, two mixtures behind it: the batch is three times as long until it
-    is normalised like one, then `_Apart` takes the views out."""
+    is normalised like one, then `Apart` takes the views out."""
     order = 98                                  # after flips and whatever else both views are to share, before Normalize
 
     def __init__(self, severity: float, width: int, depth: int, alpha: float, views: int):
@@ -118,7 +118,7 @@ class AugMixViews(Transform):
         return ops, levels, signs, *mixing_weights(torch.stack([u('weight', chain) for chain in range(self.width)], 1), u('share'), self.alpha)
 
 
-class _Apart(Transform):
+class Apart(Transform):
     "Take the views out of the batch, when all that is done to pixels is done."
     order = 1000
 
@@ -216,7 +216,7 @@ def augmix(self: Learner, severity: float = 3., width: int = 3, depth: int = -1,
     if jsd and cross_entropy_of(self.loss_func) is None:
         raise BadValue(f'augmix: with jsd the loss must be a cross entropy over classes, got {self.loss_func}; use jsd=False, which trains on mixtures with any loss')
     views = AugMixViews(severity, width, depth, alpha, 2 if jsd else 0)
-    on_batches(self, [views, _Apart(views)] if jsd else [views], instead_of=lambda t: isinstance(t, (AugMixViews, _Apart)))
+    on_batches(self, [views, Apart(views)] if jsd else [views], instead_of=lambda t: isinstance(t, (AugMixViews, Apart)))
     if jsd:
         put(self, split := Split())
         put(self, AugMix(views, split))

@@ -12,7 +12,7 @@ from fastrecipes.data.loaders import samples
 from fastrecipes.data.statistics import PixelMap, normalization_of
 from fastrecipes.errors import BadValue, NotThere, few
 from fastrecipes.objective import Objective, cross_entropy_of, objective
-from fastrecipes.production.export import input_contract
+from fastrecipes.production.export import contract_if_any
 from fastrecipes.production.matching import Match, match
 from fastrecipes.randomness import forked
 from fastrecipes.technique import TechniqueCallback, put, say, technique
@@ -123,9 +123,9 @@ def _standing(student: Learner, net: nn.Module) -> tuple[str, bool]:
 
 def _other_size(student: Learner, teacher) -> str:
     "That the teacher was trained on images of another size, where both say theirs."
-    try: ours, theirs = (input_contract(o)['size'] for o in (student, teacher))
-    except (BadValue, AttributeError): return ''
-    return '' if ours == theirs else f'. Its images were {theirs[0]}×{theirs[1]} px, these are {ours[0]}×{ours[1]}'
+    ours, theirs = (contract_if_any(o) if isinstance(o, Learner) else None for o in (student, teacher))
+    if not ours or not theirs or ours['size'] == theirs['size']: return ''
+    return '. Its images were {}×{} px, these are {}×{}'.format(*theirs['size'], *ours['size'])
 
 
 def _renormalized(net) -> bool: return isinstance(net, nn.Sequential) and len(net) == 2 and isinstance(net[0], Renormalize)

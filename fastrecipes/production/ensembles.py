@@ -11,12 +11,13 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.metrics import accuracy
 
 from fastrecipes.data.loaders import Indexed
-from fastrecipes.data.statistics import PixelMap, normalization_of, normalized_by
+from fastrecipes.data.statistics import normalization_of, normalized_by
 from fastrecipes.errors import BadValue, few, nearest
 from fastrecipes.production.bundle import TOLERANCE
 from fastrecipes.production.calibration import Calibration, calibrated
+from fastrecipes.production.entries import Images
 from fastrecipes.production.evaluation import Evaluation, judged
-from fastrecipes.production.export import activation_of, input_contract
+from fastrecipes.production.export import activation_of, contract_if_any
 from fastrecipes.production.formats import to_onnx
 from fastrecipes.production.members import Estimator, Network, member_of, pixels_in
 from fastrecipes.production.quantized import Quantized
@@ -164,11 +165,11 @@ class Ensemble:
             raise BadValue(f'members: {few(no)} is no network, and one graph cannot hold it; export an ensemble of the networks alone, or serve this one in Python')
         if no := [n for n, m in named if isinstance(m.learn.model, Quantized)]:
             raise BadValue(f'members: {few(no)} is in 8 bits; make the ensemble of the float Learners, and quantize what as_learner gives')
-        contracts = [_contract(m.learn) for m in self.members]
+        contracts = [contract_if_any(m.learn) for m in self.members]
         if len({str(c) for c in contracts}) > 1:
             told = [f'{n} takes {"×".join(map(str, c["size"]))} px ({c["resize"]})' if c else f'{n} no files of image_folder' for n, c in zip(self.names, contracts)]
             raise BadValue(f'members: in one graph all must read images alike, and {", ".join(told)}')
-        branches = [Branch(deepcopy(m.learn.model).cpu().float(), activation_of(m.learn.loss_func), normalization_of(m.learn)) for m in self.members]
+        branches = [Images(deepcopy(m.learn.model).cpu().float(), activation_of(m.learn.loss_func), normalization_of(m.learn)) for m in self.members]
         model = Joint(branches, deepcopy(combine).float(), self.flip, self.calibration.T if self.calibration else 1.).eval()
         learn = Learner(normalized_by(self.dls, None), model, CrossEntropyLossFlat(), metrics=[accuracy])
         learn.ensemble = dict(kind=self.kind, members=list(self.names), flip=self.flip, **({} if self.weights is None else dict(weights=[round(float(w), 6) for w in self.weights])))
@@ -191,15 +192,6 @@ class Ensemble:
     def __repr__(self): return f'Ensemble({self.kind}{", flip" if self.flip else ""}) of {", ".join(self.names)}'
 
 
-class Branch(nn.Module):
-    "A member in a `Joint`: inputs → normalised by its own numbers → its network → probabilities."
-    def __init__(self, model: nn.Module, activation, normalize: PixelMap | None):
-        super().__init__()
-        self.model, self.activation, self.normalize = model, activation, normalize
-
-    def forward(self, x): return self.activation(self.model(x if self.normalize is None else self.normalize(x)))
-
-
 class Joint(nn.Module):
     "The members of an ensemble as one network: inputs, pixels in [0, 1] where they are images, → log-probabilities `(n, c)`, divided by the temperature `T`."
     def __init__(self, branches, combine: nn.Module, flip: bool = False, T: float = 1.):
@@ -220,11 +212,6 @@ def tempered(p: torch.Tensor, T: float) -> torch.Tensor:
 def check_kind(kind):
     "Raise for a kind that there is not."
     if kind not in get_args(Kind): raise BadValue(f'kind: one of {", ".join(get_args(Kind))}, got {kind!r}{nearest(kind, get_args(Kind))}')
-
-
-def _contract(learn: Learner) -> dict | None:
-    try: return input_contract(learn)
-    except BadValue: return None
 
 
 class _Unlabelled(torch.utils.data.Dataset):

@@ -16,7 +16,7 @@ from fastrecipes.data.statistics import PixelMap, normalization_of
 from fastrecipes.errors import BadValue
 from fastrecipes.losses.classification import classes_of
 from fastrecipes.losses.kinds import targets_of
-from fastrecipes.production.export import activation_of, input_contract, labels, plain_network, served
+from fastrecipes.production.export import activation_of, contract_if_any, labels, plain_network, served, two_pictures
 from fastrecipes.randomness import forked
 
 __all__ = ['Entry', 'entry_of', 'answer_of']
@@ -60,12 +60,12 @@ def entry_of(learn: Learner, who: str) -> Entry:
     Raises `ValueError`, in the name of `who`, for inputs that are no tensors, a loss that does not say what outputs are, and 8 bits on other data than files."""
     output, activation, decide = answer_of(learn.loss_func, who)
     common = dict(output=output, activation=activation, decide=decide)
-    xb, image = _two_samples(learn, who)
-    if contract := _contract(learn):
-        w, h = contract['size']
-        pixels = torch.randint(256, (2, h, w, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    given = one_sample(learn, who)
+    xb = twice(given)
+    image = len(given) == 1 and isinstance(given[0], TensorImage) and given[0].is_floating_point()
+    if contract := contract_if_any(learn):
         module = None if hasattr(learn.model, 'pixels_graph') else served(learn)
-        return Entry(module, ('pixels',), kind='pixels', example=(pixels,), card=dict(labels=json.dumps(labels(learn)), input=json.dumps(contract)), **common)
+        return Entry(module, ('pixels',), kind='pixels', example=(two_pictures(contract),), card=dict(labels=json.dumps(labels(learn)), input=json.dumps(contract)), **common)
     if hasattr(learn.model, 'pixels_graph'): raise BadValue(f'{who}: of networks in 8 bits those on data of image_folder are written; the graph of this one is learn.model.graph')
     net, first = plain_network(learn, who), any(isinstance(cb, RNNCallback) for cb in learn.cbs)
     if isinstance(learn.dls.valid, TabDataLoader):
@@ -112,19 +112,23 @@ class Tensors(nn.Module):
         return self.activation(out[0] if self.first else out)
 
 
-def _contract(learn: Learner) -> dict | None:
-    try: return input_contract(learn)
-    except BadValue: return None
-
-
-def _two_samples(learn: Learner, who: str) -> tuple[tuple[torch.Tensor, ...], bool]:
-    "Inputs of the network, two samples, on the CPU, in memory of their own (torch.export.save keeps all that an example points into); and whether they are one image."
+def one_sample(learn: Learner, who: str) -> tuple[torch.Tensor, ...]:
+    "Inputs of the network, at least one sample, as fastai types them. Raises `ValueError` where there are none, or they are no tensors."
     try:
         with forked('export'): xb = seen[0] if (seen := first_sample(learn.dls)) is not None else tuple(learn.dls.one_batch()[:getattr(learn.dls, 'n_inp', 1)])
     except (ValueError, IndexError) as e: raise BadValue(f'{who}: there is no training sample to show the network; set learn.dls to DataLoaders that have some') from e
     if not all(isinstance(x, torch.Tensor) for x in xb): raise BadValue(f'{who}: the inputs must be tensors, got {", ".join(type(x).__name__ for x in xb)}')
-    image = len(xb) == 1 and isinstance(xb[0], TensorImage) and xb[0].is_floating_point()
-    return tuple(torch.cat([x.detach().as_subclass(torch.Tensor).cpu()[:1]]*2).clone() for x in xb), image
+    return xb
+
+
+def twice(xb) -> tuple[torch.Tensor, ...]:
+    "The first sample of inputs two times, on the CPU, in memory of their own: torch.export.save keeps all that an example points into."
+    return tuple(torch.cat([x.detach().as_subclass(torch.Tensor).cpu()[:1]]*2) for x in xb)
+
+
+def two_samples(learn: Learner) -> tuple[torch.Tensor, ...]:
+    "Inputs for the network of `learn`, two samples, on the CPU. Raises `ValueError` as `one_sample` does."
+    return twice(one_sample(learn, 'quantize'))
 
 
 def _spread(learn: Learner) -> tuple[list[str], torch.Tensor, torch.Tensor]:

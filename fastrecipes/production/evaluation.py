@@ -56,13 +56,14 @@ def judged(name: str, kind: str, side: str, names, p, joint, y, p_valid, y_valid
     "The `Evaluation` by the members' answers `(n, m, c)` and the ensemble's `(n, c)` for samples of classes `(n,)`, and by the members' for the images to choose by."
     y, y_valid = np.asarray(y).astype(int), np.asarray(y_valid)
     best = int((p_valid.argmax(2) == y_valid[:, None]).mean(0).argmax())
-    def one(name, q, w=None): return Judged(name, intervals.accuracy(y, q.argmax(1)), log_loss(q, y), w)
+    def one(name, q, w=None): return Judged(name, intervals.accuracy(y, q.argmax(1)), log_loss(y, q), w)
     members = [one(n, p[:, i], None if weights is None else float(weights[i])) for i, n in enumerate(names)]
     scored = {n: Scored(p[:, i], y, side) for i, n in enumerate(names)} | {name: Scored(joint, y, side)}
     gain = intervals.difference(y, joint.argmax(1), p[:, best].argmax(1))
     return Evaluation(kind, side, members, one(name, joint), names[best], gain, scored, ties, fitted)
 
 
-def log_loss(p, y) -> float:
-    "The mean of −log p of the true class, in nats, p not below 1e-7."
-    return float(-np.log(np.asarray(p, float)[np.arange(len(y)), y].clip(LEAST)).mean())
+def log_loss(targets, probabilities) -> float:
+    "The mean of −log p of the true class, in nats, 0 or more, lower is better; class numbers `(n,)`, probabilities `(n, c)`, kept 1e-7 from 0."
+    p = np.asarray(probabilities, np.float64)[np.arange(len(targets)), targets]
+    return float(-np.log(p.clip(LEAST, 1)).mean())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import onnx
 import torch
-from fastai.basics import Learner, get_model, nn
+from fastai.basics import Learner, defaults, get_model, nn
+from fastai.callback.progress import ProgressCallback
 from fastai.layers import ToTensorBase
 from fastai.vision.all import IntToFloatTensor
 from torch.nn import functional as F
@@ -16,9 +17,9 @@ from fastrecipes.data.statistics import PixelMap, normalization_of
 from fastrecipes.errors import BadValue
 from fastrecipes.objective import cross_entropy_of
 from fastrecipes.production.graphs import as_onnx
-from fastrecipes.repairs import export_to
+from fastrecipes.repairs import export_to, holding
 
-__all__ = ['export_learner', 'Pixels', 'Served', 'served', 'plain_network', 'activation_of', 'input_contract', 'labels', 'graph_of']
+__all__ = ['export_learner', 'twin', 'Pixels', 'Served', 'served', 'plain_network', 'activation_of', 'input_contract', 'labels', 'graph_of']
 
 
 def export_learner(learn: Learner, path) -> Path:
@@ -26,6 +27,11 @@ def export_learner(learn: Learner, path) -> Path:
 
     In it are the network, the transforms, the loss and the classes; not the data, the optimizer, a teacher, or callbacks that only training needs."""
     return export_to(learn, path)
+
+
+def twin(learn: Learner, model: nn.Module) -> Learner:
+    "A Learner like `learn` on the same data that holds `model`: it validates, predicts and is exported; it has no optimizer and none of its callbacks but fastai's own, anew."
+    return holding(learn, model).add_cbs([type(cb)() for cb in learn.cbs if type(cb) in (*defaults.callbacks, ProgressCallback)])
 
 
 class Pixels(nn.Module):
@@ -87,6 +93,18 @@ def input_contract(learn: Learner) -> dict:
                 pixels='upright by EXIF, first frame, 16 bits scaled to 8, transparency on white, then resized by Pillow, bilinear')
 
 
+def contract_if_any(learn: Learner) -> dict | None:
+    "The `input_contract` of a Learner on data of `image_folder`, None on others."
+    try: return input_contract(learn)
+    except BadValue: return None
+
+
+def two_pictures(contract: dict) -> torch.Tensor:
+    "Pixels `(2, h, w, 3)` to trace a graph of this contract with."
+    w, h = contract['size']
+    return torch.randint(256, (2, h, w, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
 def labels(learn: Learner) -> list[str]:
     "The names of the classes, in the order of the model's outputs."
     return [str(v) for v in learn.dls.vocab]
@@ -105,8 +123,6 @@ def graph_of(learn: Learner, model: Served | None = None, *, opset: int | None =
 
 def served_graph(model: Served, labels: list[str], contract: dict, *, opset: int | None = None, who: str = 'ship') -> bytes:
     "The ONNX graph of a served model, with its labels and the reading of images (`contract`) in its metadata."
-    w, h = contract['size']
-    pixels = torch.randint(256, (2, h, w, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    proto = as_onnx(model, (pixels,), inputs=['pixels'], output='probabilities', opset=opset, who=who)
+    proto = as_onnx(model, (two_pictures(contract),), inputs=['pixels'], output='probabilities', opset=opset, who=who)
     onnx.helper.set_model_props(proto, dict(labels=json.dumps(labels), input=json.dumps(contract)))
     return proto.SerializeToString()

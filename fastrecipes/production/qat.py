@@ -18,9 +18,9 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from fastrecipes.data.keyed import keyed, with_train
 from fastrecipes.errors import BadValue
 from fastrecipes.files import writes
+from fastrecipes.production.entries import two_samples
 from fastrecipes.production.graphs import any_number, as_onnx, reason
 from fastrecipes.production.pruning import Prune
-from fastrecipes.production.quantized import two_samples
 from fastrecipes.randomness import forked
 from fastrecipes.technique import TECHNIQUES, applied
 from fastrecipes.training.precision import device_of

@@ -1,5 +1,4 @@
 "A graph in 8 bits: a quarter of the bytes, and the integer instructions that CPUs have for it."
-import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +11,7 @@ import torch
 
 from fastrecipes.errors import BadValue
 from fastrecipes.files import writes
+from fastrecipes.production.graphs import quiet
 from fastrecipes.production.quantized import Quantized
 
 __all__ = ['quantize_static', 'quantize_dynamic', 'quantize_within', 'quantized_share', 'linear_share', 'node_sensitivity']
@@ -64,12 +64,7 @@ def quantize_dynamic(graph: bytes, least: float = 0.) -> bytes:
 @contextmanager
 def _file():
     "A file for onnxruntime to write to, which meanwhile does not recommend a preprocessing that torch's exporter has done."
-    log = logging.getLogger()
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with tempfile.TemporaryDirectory() as folder: yield Path(folder)/'q.onnx'
-    finally: log.setLevel(level)
+    with quiet(), tempfile.TemporaryDirectory() as folder: yield Path(folder)/'q.onnx'
 
 
 def _checked(file: Path, source: onnx.ModelProto) -> bytes:

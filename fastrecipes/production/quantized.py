@@ -2,25 +2,24 @@
 import json
 import statistics
 import threading
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import torch
-from fastai.basics import Callback, L, Learner, defaults, nn, trainable_params
-from fastai.callback.progress import ProgressCallback
+from fastai.basics import Learner, nn, trainable_params
 from onnx import compose
 
-from fastrecipes.data.loaders import first_sample, shapes
+from fastrecipes.data.loaders import shapes
 from fastrecipes.data.statistics import normalization_of
 from fastrecipes.errors import BadValue
-from fastrecipes.production.export import Pixels, activation_of, input_contract, labels
+from fastrecipes.production.entries import two_samples
+from fastrecipes.production.export import Pixels, activation_of, input_contract, labels, twin, two_pictures
 from fastrecipes.production.graphs import as_onnx, compact
 from fastrecipes.production.predictor import Graph
 from fastrecipes.production.timing import interleaved
 from fastrecipes.report.intervals import Difference, Estimate
-from fastrecipes.technique import applied
 
 __all__ = ['Quantization', 'Quantized', 'network_graph', 'pixels_graph', 'quantization_table', 'quantized_learner']
 
@@ -123,14 +122,6 @@ def _array(x: torch.Tensor, kind: str) -> np.ndarray:
     return np.ascontiguousarray((x.float() if x.is_floating_point() else x).numpy().astype(TYPES[kind], copy=False))
 
 
-def two_samples(learn: Learner) -> tuple[torch.Tensor, ...]:
-    "Inputs for the network of `learn`, two samples, on the CPU. Raises `ValueError` where they are no tensors."
-    try: xb = seen[0] if (seen := first_sample(learn.dls)) is not None else tuple(learn.dls.one_batch()[:getattr(learn.dls, 'n_inp', 1)])
-    except ValueError as e: raise BadValue('quantize: there is no training sample to show the network; set learn.dls to DataLoaders with training images') from e
-    if not all(isinstance(x, torch.Tensor) for x in xb): raise BadValue(f'quantize: the inputs must be tensors, got {", ".join(type(x).__name__ for x in xb)}')
-    return tuple(torch.cat([x.detach().as_subclass(torch.Tensor).cpu()[:1]]*2) for x in xb)
-
-
 def network_graph(learn: Learner) -> bytes:
     """The network of `learn` as a float ONNX graph, in the Learner's own normalisation: its inputs in, its outputs (logits) out, any number of samples.
 
@@ -147,13 +138,9 @@ def network_graph(learn: Learner) -> bytes:
 
 def quantized_learner(learn: Learner, graph: bytes, told: Quantization) -> Learner:
     "A Learner of the same kind on the same data that holds `graph`: it validates, predicts, shows results, is exported and loaded; `learn` keeps its own network."
-    new = copy(learn)
-    for name, value in list(vars(new).items()):
-        if isinstance(value, Callback): delattr(new, name)
-    new._end_cleanup()
-    new.model, new.opt, new.cbs, new.splitter, new.lock, new.fit = Quantized(graph, told), None, L(), trainable_params, threading.Lock(), refuse_fit
-    new.techniques = dict(applied(learn))
-    return new.add_cbs([type(cb)() for cb in learn.cbs if type(cb) in (*defaults.callbacks, ProgressCallback)])
+    new = twin(learn, Quantized(graph, told))
+    new.splitter, new.lock, new.fit = trainable_params, threading.Lock(), refuse_fit
+    return new
 
 
 def refuse_fit(*args, **kwargs):
@@ -166,14 +153,12 @@ def pixels_graph(learn: Learner) -> bytes:
 
     As `graph_of` makes one of a float Learner: labels and input are in its metadata."""
     contract, activation, normalize = input_contract(learn), activation_of(learn.loss_func), normalization_of(learn)
-    w, h = contract['size']
     core = onnx.load_from_string(learn.model.graph)
 
     class After(nn.Module):
         def forward(self, y): return activation(y)
 
-    pixels = torch.randint(256, (2, h, w, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    before = as_onnx(Pixels(normalize).eval(), (pixels,))
+    before = as_onnx(Pixels(normalize).eval(), (two_pictures(contract),))
     after = as_onnx(After().eval(), (learn.model(*(torch.zeros(2, *[d.dim_value for d in i.type.tensor_type.shape.dim[1:]]) for i in core.graph.input)),))
     parts = [compose.add_prefix(p, prefix) for p, prefix in ((before, 'before/'), (core, ''), (after, 'after/'))]
     for p in parts:

@@ -1,6 +1,4 @@
 "`learn.quantize`: from a Learner to one in 8 bits, with what that cost and gained."
-import logging
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from typing import Literal, get_args
@@ -15,9 +13,10 @@ from fastrecipes.data.loaders import in_order, unvaried
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.files import writes
 from fastrecipes.objective import cross_entropy_of
-from fastrecipes.production.graphs import compact
+from fastrecipes.production.entries import two_samples
+from fastrecipes.production.graphs import compact, quiet
 from fastrecipes.production.quantization import quantize_dynamic, quantize_within, quantized_share
-from fastrecipes.production.quantized import Quantization, Quantized, network_graph, quantized_learner, times_of_one, two_samples
+from fastrecipes.production.quantized import Quantization, Quantized, network_graph, quantized_learner, times_of_one
 from fastrecipes.randomness import forked, stream
 from fastrecipes.report import intervals
 from fastrecipes.training.schedules import SCHEDULES
@@ -114,7 +113,8 @@ def quantize(self: Learner, kind: Kind = 'static', *, tolerance: float | None = 
         batches = calibration_batches(self, calibration or 128, seed)
         made, in_float = quantize_within(graph, batches, lambda g: _points_lost(quality(g)), .5 if tolerance is None else tolerance)
     else:
-        with _quiet_import(): from fastrecipes.production.qat import trained_for_8_bits
+        with quiet('torch.utils._pytree'):              # torchao 0.18 makes torch 2.15 warn of an enumeration that it registers
+            from fastrecipes.production.qat import trained_for_8_bits
         trained, made = trained_for_8_bits(self, calibration_batches(self, calibration or 128, seed), epochs or 2, lr, schedule or 'flat_cos', seed)
         agreement = _agreement(self, *_validated(self, trained, Quantized(made))[0])
         if agreement < AGREE:
@@ -144,13 +144,3 @@ def _layer(graph: bytes, node: str) -> str:
     n = next(n for n in onnx.load_from_string(graph).graph.node if n.name == node)
     held = [i.rpartition('.')[0] for i in n.input if '.' in i and 'val_' not in i]
     return held[0] if held else node.removeprefix('node_')
-
-
-@contextmanager
-def _quiet_import():
-    "torchao 0.18 makes torch 2.15 warn of an enumeration that it registers."
-    log = logging.getLogger('torch.utils._pytree')
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try: yield
-    finally: log.setLevel(level)

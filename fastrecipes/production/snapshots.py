@@ -6,7 +6,7 @@ from fastai.basics import Callback, Learner, get_model, patch
 
 from fastrecipes.errors import BadValue
 from fastrecipes.production.ensembles import Ensemble
-from fastrecipes.production.members import twin
+from fastrecipes.production.export import twin
 from fastrecipes.repairs import fitting
 from fastrecipes.training import schedules  # noqa: F401  its fit_sgdr takes cycles of equal length
 from fastrecipes.training.resume import remember

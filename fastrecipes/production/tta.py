@@ -9,7 +9,7 @@ from fastai.data.core import TfmdDL
 from fastai.vision.augment import RandTransform
 from torch.utils.data import Sampler
 
-from fastrecipes.data.augmix import AugMixViews, _Apart
+from fastrecipes.data.augmix import AugMixViews, Apart
 from fastrecipes.data.keyed import Keyed, KeyedDL
 from fastrecipes.data.statistics import normalizes
 from fastrecipes.errors import BadValue
@@ -80,7 +80,7 @@ def _varying(learn, item_tfms, batch_tfms) -> dict[str, list]:
     for name in ('after_item', 'before_batch', 'after_batch'):
         known = {type(t) for t in getattr(valid, name).fs}
         found[name] = [t for t in getattr(train, name).fs if not normalizes(t) and (type(t) not in known or isinstance(t, RandTransform) or t.split_idx == 0)]
-        found[name] = [_mixed(t) for t in found[name] if not isinstance(t, _Apart)]
+        found[name] = [_mixed(t) for t in found[name] if not isinstance(t, Apart)]
     if not any(found.values()): raise BadValue("tta: training images are not varied, so all views would be one; call learn.augment() before training, or take views='flip'")
     return found
 

@@ -89,16 +89,22 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
 
 def train(learn: Learner, epochs: int, lr: float | str = 'find', schedule: Schedule = 'flat_cos', pretrained: bool = False, title: str = 'all layers'):
     "Find a rate if asked, then fit: from scratch all at once; `pretrained`, one epoch of the new head first, then earlier layers at lower rates."
+    rates = begun(learn, lr, schedule, pretrained)
+    history(learn).title = title
+    fit_by(learn, schedule, epochs, rates)
+
+
+def begun(learn: Learner, lr: float | str, schedule: str, pretrained: bool) -> float | slice:
+    "The rates of a fit of all layers: found if asked; of a pretrained network lower ones for earlier layers, after an epoch in which its new head was trained."
     past = history(learn)
     if lr == 'find':
         past.found = remember('learning rate', lambda: find_lr(learn))
         lr = past.found.lr
-    if pretrained:
-        past.title = 'new head, body frozen'
-        fit_by(learn, schedule, 1, lr)
-        learn.unfreeze()
-    past.title = title
-    fit_by(learn, schedule, epochs, slice(lr/10, lr/2) if pretrained else lr)
+    if not pretrained: return lr
+    past.title = 'new head, body frozen'
+    fit_by(learn, schedule, 1, lr)
+    learn.unfreeze()
+    return slice(lr/10, lr/2)
 
 
 def check_fit(epochs: int, lr: float | str):

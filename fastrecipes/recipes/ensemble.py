@@ -23,16 +23,13 @@ from fastrecipes.production.evaluation import Evaluation
 from fastrecipes.production.members import told
 from fastrecipes.production.stacking import stacking
 from fastrecipes.randomness import key_of
-from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe, image_classifier
+from fastrecipes.recipes.classify import USUAL, Schedule, begun, check_recipe, image_classifier
 from fastrecipes.report.evidence import Row, differences, gather, keep_run
-from fastrecipes.report.history import history, lines_unless_terminal
+from fastrecipes.report.history import History, history, lines_unless_terminal
 from fastrecipes.report.run_folder import RunFolder
 from fastrecipes.technique import applied, discover, plan
 from fastrecipes.training.distributed import one_process
-from fastrecipes.training.finders import find_lr
 from fastrecipes.training.reproducibility import seed_everything
-from fastrecipes.training.resume import remember
-from fastrecipes.training.schedules import fit_by
 from fastrecipes.training.transfer import backbone, classifier
 
 __all__ = ['Assembled', 'HowTrained', 'ensemble']
@@ -103,8 +100,7 @@ def ensemble(path, arch: str = 'resnet18', *, members: list[str] | int = 3, kind
     one_process('ensemble')
     for name in dict.fromkeys(archs): backbone(name, pretrained, 'members')     # weights that cannot be fetched: say so before an hour of work
 
-    data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, groups=groups, near_duplicates=near_duplicates, resize=resize, seed=seed, workers=workers) \
-        if isinstance(path, (str, Path)) else as_dataloaders(path, bs=bs, valid=valid, test=test, seed=seed)
+    data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, groups=groups, near_duplicates=near_duplicates, resize=resize, seed=seed, workers=workers)
     if not len(data.valid_ds): raise BadValue('valid: there are no validation images, and the best member is chosen by them; hold some out with valid=.2')
     with RunFolder.open('ensemble', asked, out, overwrite, defaults=ensemble).under_way() if out else nullcontext() as run:
         if run: run.note_data(data)
@@ -165,19 +161,14 @@ def snapshots(dls: DataLoaders, arch: str, n: int, epochs: int, lr, pretrained: 
     learn = lines_unless_terminal(classifier(dls, backbone(arch, pretrained), metrics=[accuracy, BalancedAccuracy()]), arch)
     keyed(learn, seed)
     for t, arguments in plan(techniques): t.f(learn, **arguments)
-    past = history(learn)
-    if lr == 'find':
-        past.found = remember('learning rate', lambda: find_lr(learn))
-        lr = past.found.lr
-    if pretrained:
-        fit_by(learn, 'flat_cos', 1, lr)
-        learn.unfreeze()
-    return learn.fit_snapshots(n, epochs//n, slice(lr/10, lr/2) if pretrained else lr)
+    rates = begun(learn, lr, 'flat_cos', pretrained)
+    history(learn).title = 'all layers'
+    return learn.fit_snapshots(n, epochs//n, rates)
 
 
 def report_rows(joint: Ensemble, evaluation: Evaluation) -> list[Row]:
     "The table of the report: the best member, the ensemble, the others."
-    seconds = {n: cb.seconds if (cb := next((o for o in m.learn.cbs if type(o).__name__ == 'History'), None)) else None for n, m in zip(joint.names, joint.members)}
+    seconds = {n: cb.seconds if (cb := next((o for o in m.learn.cbs if isinstance(o, History)), None)) else None for n, m in zip(joint.names, joint.members)}
     notes = {m.name: f'log loss {m.log_loss:.3f}' + (f', weight {m.weight:.2f}' if m.weight is not None else '') for m in (*evaluation.members, evaluation.ensemble)}
     total = None if None in seconds.values() else sum(seconds.values())
     return [Row.of(n, evaluation.scored[n], seconds.get(n, total), notes[n]) for n in dict.fromkeys([evaluation.best, joint.name, *joint.names])]

@@ -142,8 +142,7 @@ def noisy_student(path, unlabelled, arch: str = 'resnet18', *, student: str | No
     for what, name in (('arch', arch), ('student', student)):
         if name: backbone(name, pretrained, what)       # weights that cannot be fetched: say so before an hour of work
 
-    data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, groups=groups, near_duplicates=near_duplicates, resize=resize, seed=seed, workers=workers) \
-        if isinstance(path, (str, Path)) else as_dataloaders(path, bs=bs, valid=valid, test=test, seed=seed)
+    data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, groups=groups, near_duplicates=near_duplicates, resize=resize, seed=seed, workers=workers)
     if not len(data.valid_ds): raise BadValue('valid: there are no validation images, and rounds are judged by them; hold some out with valid=.2')
     with RunFolder.open('noisy-student', asked, out, overwrite, defaults=noisy_student).under_way() if out else nullcontext() as run:
         if run: run.note_data(data)

@@ -14,6 +14,7 @@ from fastrecipes.data.pixels import Resize
 from fastrecipes.data.splits import check_shares, split
 from fastrecipes.data.splits import folds as folds_of
 from fastrecipes.errors import BadValue
+from fastrecipes.production.evaluation import log_loss
 from fastrecipes.randomness import key_of
 from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe, image_classifier
 from fastrecipes.report import intervals
@@ -168,12 +169,6 @@ def check_folds(found: Found, fold: np.ndarray, bs: int, valid: float, seed: int
         if (n := int((sides == 'train').sum())) < bs: raise BadValue(f'bs: {bs} is more than the {n} training images of fold {k+1}; use bs={max(1, n//2)} or less')
         if gone := sorted({*found.labels} - {*labels[sides == 'train'].tolist()}):
             raise BadValue(f'folds: class {gone[0]!r} lies in fold {k+1} only, for its groups hold other classes, too; use fewer folds, or add groups with it')
-
-
-def log_loss(targets, probabilities) -> float:
-    "The mean of −log p of the true class, in nats, 0 or more, lower is better; class numbers `(n,)`, probabilities `(n, c)`, kept 1e-7 from 0."
-    p = np.asarray(probabilities, np.float64)[np.arange(len(targets)), targets]
-    return float(-np.log(p.clip(1e-7, 1)).mean())
 
 
 def _scored(k: int, answer: dict, targets: np.ndarray, c: int) -> Fold:

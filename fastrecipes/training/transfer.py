@@ -60,9 +60,9 @@ def backbone(arch: str, pretrained: bool = True, what: str = 'arch', weights: st
     Raises `FileNotFoundError` where weights cannot be fetched, `ValueError` for a file whose weights are not this network's."""
     if check_arch(arch, what) == 'torchvision': return _torchvision(arch, pretrained, what, weights)
     packaged = pretrained and not weights and packaged_weights(arch)
-    model = _fetched(what, arch, lambda: timm.create_model(arch, pretrained=pretrained and not packaged and not weights, num_classes=0))
+    model = fetched(what, arch, lambda: timm.create_model(arch, pretrained=pretrained and not packaged and not weights, num_classes=0))
     if weights: load_weights(model, weights)
-    if packaged: _load_in_order(model, torch.load(packaged, map_location='cpu', weights_only=True))
+    if packaged: load_in_order(model, torch.load(packaged, map_location='cpu', weights_only=True))
     pretrained = pretrained or bool(weights)
     for m in model.modules() if pretrained else ():    # nets ported from TensorFlow average over 100 batches: more than a fine-tuning has
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is not None: m.momentum = max(m.momentum, .1)
@@ -74,14 +74,14 @@ def backbone(arch: str, pretrained: bool = True, what: str = 'arch', weights: st
 def _torchvision(arch, pretrained, what, weights):
     build = torchvision.models.get_model_builder(arch)
     meta = model_meta.get(build, {'cut': None, 'split': default_split})
-    model = _fetched(what, arch, lambda: build(weights='DEFAULT' if pretrained and not weights else None))
+    model = fetched(what, arch, lambda: build(weights='DEFAULT' if pretrained and not weights else None))
     if weights: load_weights(model, weights)
     pretrained = pretrained or bool(weights)
     body = create_body(model, 3, pretrained, meta['cut'])
     return Backbone(arch, body, num_features_model(nn.Sequential(*body.children())), True, meta['split'], imagenet_stats if pretrained else None)
 
 
-def _fetched(what, arch, build):
+def fetched(what, arch, build):
     "Build a network; where its weights cannot be had, say what works instead."
     try:
         with _offline_if_unreachable(): return build()
@@ -160,7 +160,7 @@ def _state_in(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _load_in_order(model, state):
+def load_in_order(model, state):
     "Load a state dict whose entries come in the model's order under other names; the classifier at its end is left out."
     own = model.state_dict()
     for (name, mine), theirs in zip(own.items(), state.values()):

@@ -1,4 +1,4 @@
-"A server in processes of its own, for tests."
+"A server for tests: in processes of its own, or in a thread of this one."
 import os
 import re
 import signal
@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
+from werkzeug.serving import WSGIRequestHandler, make_server
+
 import fastrecipes
+from fastrecipes.production.predictor import Predictor
+from fastrecipes.production.server import create_app
 
 ENV = os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(fastrecipes.__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
 
@@ -37,3 +41,17 @@ def served(bundle, *options, command=('-m', 'fastrecipes', 'serve'), env=ENV):
             process.kill()
             raise
         finally: listener.join(5)
+
+
+class Quiet(WSGIRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    def log(self, *args): pass
+
+
+@contextmanager
+def in_process(bundle):
+    "The application of a bundle behind a port, in a thread: its URL."
+    server = make_server('127.0.0.1', 0, create_app(Predictor(bundle, threads=1)), threaded=True, request_handler=Quiet)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f'http://127.0.0.1:{server.server_port}'
+    finally: server.shutdown()

@@ -9,28 +9,18 @@ from threading import Thread
 import numpy as np
 import pytest
 from PIL import Image
-from werkzeug.serving import WSGIRequestHandler, make_server
 
 from fastrecipes.errors import BadValue, NotThere
 from fastrecipes.production import client as module
 from fastrecipes.production.client import Client, Unavailable
-from fastrecipes.production.predictor import Predictor
-from fastrecipes.production.server import create_app
 
+from .serving import in_process
 from .shares import LABELS, encoded, shares_of, write_shares
-
-
-class Quiet(WSGIRequestHandler):
-    protocol_version = 'HTTP/1.1'
-    def log(self, *args): pass
 
 
 @pytest.fixture(scope='module')
 def url(tmp_path_factory):
-    server = make_server('127.0.0.1', 0, create_app(Predictor(write_shares(tmp_path_factory.mktemp('c')/'bundle'), threads=1)), threaded=True, request_handler=Quiet)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{server.server_port}'
-    server.shutdown()
+    with in_process(write_shares(tmp_path_factory.mktemp('c')/'bundle')) as url: yield url
 
 
 @contextmanager

@@ -145,7 +145,7 @@ def test_as_one_learner_it_is_exported_and_calibrated(pair, tmp_path):
     c = e.calibrate()
     p = e.get_preds()[0]
     assert torch.allclose(p, (before.log()/c.T).softmax(1), atol=1e-5) and (p.argmax(1) == before.argmax(1)).all()
-    assert c.log_loss[1] <= c.log_loss[0] and c.log_loss[1] == pytest.approx(log_loss(p.numpy(), alone(pair[0])[1].numpy()), abs=1e-5)
+    assert c.log_loss[1] <= c.log_loss[0] and c.log_loss[1] == pytest.approx(log_loss(alone(pair[0])[1].numpy(), p.numpy()), abs=1e-5)
     again = load_learner(export_learner(e.as_learner(), tmp_path/'l.pkl'))
     again.dls = e.as_learner().dls
     with again.no_bar(): assert torch.allclose(again.get_preds()[0], p, atol=1e-5)

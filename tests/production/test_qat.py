@@ -10,12 +10,14 @@ from fastai.callback.core import Callback
 from onnx import numpy_helper
 
 from fastrecipes.errors import BadValue
+from fastrecipes.production.entries import two_samples
+from fastrecipes.production.graphs import quiet
 from fastrecipes.production.quantization import quantized_share
-from fastrecipes.production.quantizing import _quiet_import, calibration_batches
-from fastrecipes.production.quantized import Quantized, two_samples
+from fastrecipes.production.quantized import Quantized
+from fastrecipes.production.quantizing import calibration_batches
 from fastrecipes.technique import discover
 
-with _quiet_import(): from fastrecipes.production import qat
+with quiet('torch.utils._pytree'): from fastrecipes.production import qat
 from fastrecipes.production.qat import fake_quantized, integer_graph, trained_for_8_bits
 
 discover()

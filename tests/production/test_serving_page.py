@@ -1,20 +1,12 @@
 "The page in headless Chromium: drop, paste, choose; by keyboard; on a phone; light and dark; nothing loaded from elsewhere."
 import base64
-import importlib.util
-import shutil
-from pathlib import Path
-from threading import Thread
 
 import pytest
-from werkzeug.serving import WSGIRequestHandler, make_server
 
-from fastrecipes.production.predictor import Predictor
-from fastrecipes.production.server import create_app
 
+from .serving import in_process
 from .shares import encoded, write_shares
 
-CHROMIUM = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
-QUIET = ['--no-sandbox', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--no-first-run', '--disable-gpu']
 IMAGE = encoded((50, 10, 140))
 HAND_OVER = '''([kind, data]) => {
     const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0)), moved = new DataTransfer()
@@ -24,34 +16,10 @@ HAND_OVER = '''([kind, data]) => {
 }'''
 
 
-def _installed() -> bool:
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p: return Path(p.chromium.executable_path).exists()
-
-
-if importlib.util.find_spec('playwright') is None: pytest.skip('playwright is not installed (extra dev)', allow_module_level=True)
-if CHROMIUM is None and not _installed(): pytest.skip('no chromium on this machine', allow_module_level=True)
-
-
-class Quiet(WSGIRequestHandler):
-    def log(self, *args): pass
-
 
 @pytest.fixture(scope='module')
 def url(tmp_path_factory):
-    server = make_server('127.0.0.1', 0, create_app(Predictor(write_shares(tmp_path_factory.mktemp('page')/'bundle'), threads=1)), threaded=True, request_handler=Quiet)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{server.server_port}/'
-    server.shutdown()
-
-
-@pytest.fixture(scope='module')
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield b
-        b.close()
+    with in_process(write_shares(tmp_path_factory.mktemp('page')/'bundle')) as url: yield url + '/'
 
 
 @pytest.fixture

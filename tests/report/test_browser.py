@@ -1,7 +1,4 @@
 "The report in a real browser: headless Chromium, desktop and phone, light and dark."
-import importlib.util
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,28 +7,8 @@ from PIL import Image
 from fastrecipes.report.intervals import Difference, Estimate
 from fastrecipes.report.page import Report, write_page
 
-CHROMIUM = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
-QUIET = ['--no-sandbox', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--no-first-run', '--disable-gpu']
 LONG = 'a_class_with_a_very_long_name_and_no_space_at_all_'*2
 
-
-def _installed() -> bool:
-    "A browser of playwright's own, where the system has none."
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p: return Path(p.chromium.executable_path).exists()
-
-
-if importlib.util.find_spec('playwright') is None: pytest.skip('playwright is not installed (extra dev)', allow_module_level=True)
-if CHROMIUM is None and not _installed(): pytest.skip('no chromium on this machine', allow_module_level=True)
-
-
-@pytest.fixture(scope='module')
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield b
-        b.close()
 
 
 @pytest.fixture(scope='module')
