@@ -67,6 +67,7 @@ def same(a, b) -> bool:
 def _child(argv, log, env):
     "Run one command, and keep the last checkpoints when it is done: they hold the optimizer."
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # what a shell starts with & ignores Ctrl-C, and so would this
     from fastrecipes.cli import main
     from fastrecipes.training import resume
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
