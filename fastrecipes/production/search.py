@@ -56,7 +56,8 @@ def least_cut(cost: Callable[[float], tuple[int, float]], targets: Targets, most
     if targets.met(*(least := cost(0.))): return 0.
     if not most or not targets.met(*(least := cost(most))):
         without = f'without {most:.0%} of its channels' if most else 'with all its channels'
-        raise BadValue(f'{without} it has {least[0]/1e6:.3g} MB and takes {least[1]:.3g} ms an image, where {targets} are asked for' + ('' if most else '; prune=True lets it lose some'))
+        more = '' if most else '; prune=True lets it lose some'
+        raise BadValue(f'{without} it has {least[0]/1e6:.3g} MB and takes {least[1]:.3g} ms an image, where {targets} are asked for{more}')
     low, high = 0., most
     for _ in range(HALVINGS): low, high = (low, mid) if targets.met(*cost(mid := (low+high)/2)) else (mid, high)
     return high
