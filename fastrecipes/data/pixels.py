@@ -24,10 +24,11 @@ def read_image(source) -> Image.Image:
     in one sentence: no file, empty, not an image, truncated, too many pixels, floating-point pixels."""
     name = _name(source)
     try:
-        im = source if isinstance(source, Image.Image) else _open(source)
+        ours = not isinstance(source, Image.Image)
+        im = _open(source) if ours else source
         _check(im)
         im.load()
-        return _rgb(_upright(im))
+        return _rgb(_upright(im, in_place=ours))
     except FileNotFoundError: raise BadValue(f'{name}: no such file') from None
     except UnidentifiedImageError: raise BadValue(f'{name}: not an image, or of an unknown kind') from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e: raise BadValue(f'{name}: too many pixels ({e})') from None
@@ -62,9 +63,9 @@ def _check(im: Image.Image):
         raise Image.DecompressionBombError(f'{im.width}×{im.height}, at most {Image.MAX_IMAGE_PIXELS:,} are read')
 
 
-def _upright(im: Image.Image) -> Image.Image:
-    "Turned as its EXIF data say; as it is where they are unreadable, for its pixels are not."
-    try: return ImageOps.exif_transpose(im)
+def _upright(im: Image.Image, in_place: bool) -> Image.Image:
+    "Turned as its EXIF data say; as it is where they are unreadable, for its pixels are not. In place it is not copied."
+    try: return ImageOps.exif_transpose(im, in_place=in_place) or im
     except Exception: return im
 
 

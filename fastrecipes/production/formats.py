@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-import onnxruntime as ort
 import torch
 from fastai.basics import Learner, patch
 from torch.export import export
@@ -18,6 +17,7 @@ from fastrecipes.production.entries import Entry, entry_of
 from fastrecipes.production.export import graph_of
 from fastrecipes.production.graphs import any_number, as_onnx, check_opset, opset_of, ops_of, quiet_export, reason
 from fastrecipes.production.parity import Agreement, agreement
+from fastrecipes.production.predictor import Graph
 from fastrecipes.repairs import with_own_memory
 
 __all__ = ['Exported', 'to_onnx', 'to_torch_export', 'to_torchscript']
@@ -70,9 +70,7 @@ def to_onnx(self: Learner, path, *, opset: int | None = None) -> Exported:
         onnx.helper.set_model_props(proto, entry.card)
         data, allowed = proto.SerializeToString(), None
     proto = onnx.load_from_string(data)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+    session = Graph(data).session
     def run(*xb): return torch.from_numpy(session.run(None, {i.name: x.numpy() for i, x in zip(session.get_inputs(), xb, strict=True)})[0])
     agreed = agreement(self, entry, run, 'to_onnx', allowed)
     with whole(path) as tmp: tmp.write_bytes(data)
