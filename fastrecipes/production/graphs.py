@@ -14,8 +14,9 @@ from onnx import numpy_helper
 
 from fastrecipes.errors import BadValue
 
-__all__ = ['OPSETS', 'as_onnx', 'compact', 'opset_of', 'ops_of']
+__all__ = ['OPSETS', 'as_onnx', 'compact', 'own_bytes', 'opset_of', 'ops_of']
 
+INT8, CONV = onnx.TensorProto.INT8, ('Conv', 'ConvTranspose')
 OPSETS = range(18, 26)  # torch 2.15 writes these; of others it leaves the graph at 18, or half converted. onnxruntime 1.23 and later run them
 
 
@@ -127,17 +128,20 @@ def compact(graph: bytes) -> bytes:
     proto = onnx.load_from_string(graph)
     g, version = proto.graph, {'' if o.domain == 'ai.onnx' else o.domain: o.version for o in proto.opset_import}
     if proto.functions or g.sparse_initializer or any(a.HasField('g') or a.graphs for n in g.node for a in n.attribute): return graph    # inner graphs know names of this one
-    biases = {t.name for t in g.initializer if t.data_type == onnx.TensorProto.INT32 and not numpy_helper.to_array(t).any()}
+    zeros = {t.name: t.data_type for t in g.initializer if t.data_type in (INT8, onnx.TensorProto.INT32) and not numpy_helper.to_array(t).any()}
+    convolved = {i for n in g.node if n.op_type in CONV for i in n.input} - {i for n in g.node if n.op_type not in CONV for i in n.input}
     for n in g.node:
         n.name = n.doc_string = ''
-        if n.op_type == 'DequantizeLinear' and len(n.input) == 3 and n.input[2] in biases: del n.input[2]       # that of int8 weights stays: without it QGemm is not made
+        zero = zeros.get(n.input[2]) if n.op_type == 'DequantizeLinear' and len(n.input) == 3 else None
+        if zero == onnx.TensorProto.INT32 or zero == INT8 and n.output[0] in convolved: del n.input[2]       # of int8 matrices it stays: without it QGemm is not made
         known = onnx.defs.get_schema(n.op_type, version.get(n.domain, 1), n.domain).attributes if onnx.defs.has(n.op_type, n.domain) else {}
         for a in [a for a in n.attribute if a.name in known and known[a.name].default_value.SerializeToString() == a.SerializeToString()]: n.attribute.remove(a)
 
     public = {o.name for o in (*g.input, *g.output)} | {''}
     used, first = {i for n in g.node for i in n.input} | public, {}
     tensors = [onnx.TensorProto.FromString(t.SerializeToString()) for t in g.initializer if t.name in used]
-    same = {t.name: first.setdefault((t.data_type, *t.dims, numpy_helper.to_array(t).tobytes()), t.name) for t in tensors if t.name not in public}
+    same = {t.name: first.setdefault((t.data_type, *t.dims, numpy_helper.to_array(t).tobytes(), t.name if t.data_type == INT8 else ''), t.name)
+            for t in tensors if t.name not in public}       # int8 is not shared: see `own_bytes`
     new, free = {name: name for name in public}, (s for i in count() if (s := format(i, 'x')) not in public)
 
     def short(name):
@@ -153,3 +157,27 @@ def compact(graph: bytes) -> bytes:
             for i, name in enumerate(names): names[i] = short(name)
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
+
+
+def own_bytes(proto: onnx.ModelProto):
+    "Give each node that computes with int8 weights its own of them, and of their zero point: onnxruntime 1.32 cannot load for exact sums (see `Graph`) what is shared."
+    g, tensors = proto.graph, {t.name: t for t in proto.graph.initializer if t.data_type == INT8}
+    shared = {n.output[0]: n for n in g.node if n.op_type == 'DequantizeLinear' and n.input[0] in tensors}
+    nodes, met, new = list(g.node), set(), (f'own/{i}' for i in count())
+    del g.node[:]
+    for n in nodes:
+        for i, name in enumerate(n.input):
+            if name in shared and name in met:
+                own = onnx.NodeProto.FromString(shared[name].SerializeToString())
+                own.name = own.output[0] = n.input[i] = next(new)
+                g.node.append(own)
+            met.add(name)
+        g.node.append(n)
+    met.clear()
+    for n in g.node:
+        for i, name in enumerate(n.input):
+            if name in tensors and name in met:
+                copy = onnx.TensorProto.FromString(tensors[name].SerializeToString())
+                copy.name = n.input[i] = next(new)
+                g.initializer.append(copy)
+            met.add(name)

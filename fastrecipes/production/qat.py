@@ -19,7 +19,7 @@ from fastrecipes.data.keyed import keyed, with_train
 from fastrecipes.errors import BadValue
 from fastrecipes.files import writes
 from fastrecipes.production.entries import two_samples
-from fastrecipes.production.graphs import any_number, as_onnx, reason
+from fastrecipes.production.graphs import any_number, as_onnx, own_bytes, reason
 from fastrecipes.production.pruning import Prune
 from fastrecipes.randomness import forked
 from fastrecipes.technique import TECHNIQUES, applied
@@ -123,6 +123,7 @@ def integer_graph(fake: FakeQuantized, xb: tuple[torch.Tensor, ...]) -> bytes:
     with torch.no_grad(): net(*xb)                      # the ranges of the weights after the last step
     proto = as_onnx(convert_pt2e(net.net), xb)
     _integer_biases(proto)
+    own_bytes(proto)
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
 

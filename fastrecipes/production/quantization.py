@@ -11,7 +11,7 @@ import torch
 
 from fastrecipes.errors import BadValue
 from fastrecipes.files import writes
-from fastrecipes.production.graphs import quiet
+from fastrecipes.production.graphs import own_bytes, quiet
 from fastrecipes.production.quantized import Quantized
 
 __all__ = ['quantize_static', 'quantize_dynamic', 'quantize_within', 'quantized_share', 'linear_share', 'node_sensitivity']
@@ -70,6 +70,7 @@ def _file():
 def _checked(file: Path, source: onnx.ModelProto) -> bytes:
     "The graph in `file`, with the metadata of what it was made from."
     out = onnx.load(str(file))
+    own_bytes(out)
     onnx.helper.set_model_props(out, {p.key: p.value for p in source.metadata_props})
     onnx.checker.check_model(out, full_check=True)
     if not quantized_share(out.SerializeToString()): raise BadValue('quantize: this graph has no layer that can be quantized')
