@@ -1,5 +1,6 @@
 "A bundle behind a port: gunicorn's processes on Unix, waitress' threads on Windows. What `fastrecipes serve` and `python serve.pyz` run."
 import argparse
+import logging
 import os
 import socket
 import sys
@@ -61,7 +62,8 @@ def _check_port(host: str, port: int):
 
 def _application(bundle, threads: int, metrics: Metrics, settings: dict):
     "What a worker loads after its fork."
-    warnings.simplefilter('ignore')     # Pillow's, about what strangers upload
+    warnings.simplefilter('ignore')                                     # what Pillow says of what strangers upload
+    logging.getLogger('PIL').addHandler(logging.NullHandler())
     return create_app(Predictor(bundle, threads=threads), metrics=metrics, **settings)
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +94,15 @@ def test_an_upload_that_is_too_large_is_told_so(server):
     assert (answer.status_code, answer.json()) == (413, {'error': 'the upload is larger than 1 MB'})
     chunked = requests.post(f'{server.url}/predict', data=(b'x'*100_000 for _ in range(12)), headers={'Content-Type': 'image/png'})       # no Content-Length to go by
     assert (chunked.status_code, chunked.json()) == (413, {'error': 'the upload is larger than 1 MB'})
+
+
+def test_what_pillow_logs_of_an_upload_is_not_printed(server):
+    tiff = encoded((50, 10, 140), 'TIFF')
+    many = tiff.replace(struct.pack('<HHIH', 277, 3, 1, 3), struct.pack('<HHIH', 277, 3, 1, 34307))      # samples per pixel
+    assert many != tiff and requests.post(f'{server.url}/predict', files={'my_img_file': tiff}).status_code == 200
+    assert requests.post(f'{server.url}/predict', files={'my_img_file': many}).status_code == 415
+    time.sleep(.1)
+    assert 'samples per pixel' not in ''.join(server.said), server.said
 
 
 def test_an_upload_that_ends_early_is_told_so(server):
