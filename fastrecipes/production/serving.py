@@ -1,5 +1,6 @@
 "A bundle behind a port: gunicorn's processes on Unix, waitress' threads on Windows. What `fastrecipes serve` and `python serve.pyz` run."
 import argparse
+import ctypes
 import logging
 import os
 import socket
@@ -36,6 +37,7 @@ def run_server(bundle, *, port: int = PORT, host: str = HOST, workers: int | Non
     if waitress and workers not in (None, 1): raise BadValue(f'workers: waitress is one process, got {workers}; leave it out, or serve by gunicorn')
     opened(bundle)                      # its files are as they were shipped; the model itself is loaded by each worker, after the fork
     _check_port(host, port)
+    _few_arenas()
     workers = 1 if waitress else workers or cores()
     settings = dict(max_mb=max_mb, queue=max(1, 3*threads//4), decoders=max(1, cores()//workers)+1)
     return _waitress(bundle, host, port, threads, timeout, settings) if waitress else _gunicorn(bundle, host, port, workers, threads, timeout, settings)
@@ -58,6 +60,12 @@ def _check_port(host: str, port: int):
         try: s.bind(address)
         except PermissionError: raise BadValue(f'port: {port} needs an administrator; 1024 and above do not') from None
         except OSError as e: raise BadValue(f'port: {port} on {host} cannot be had ({(e.strerror or str(e)).lower()}); give another --port') from None
+
+
+def _few_arenas():
+    "Let glibc keep two heaps instead of eight a core: each thread that decodes images leaves holes in its own, and memory grows for hours."
+    try: ctypes.CDLL(None).mallopt(-8, 2)           # M_ARENA_MAX
+    except (OSError, AttributeError, TypeError): pass       # another allocator than glibc's
 
 
 def _application(bundle, threads: int, metrics: Metrics, settings: dict):
