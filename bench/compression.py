@@ -38,7 +38,7 @@ from torch.utils.data import TensorDataset                      # noqa: E402
 
 from fastrecipes.data.keyed import keyed                        # noqa: E402
 from fastrecipes.data.loaders import as_dataloaders             # noqa: E402
-from fastrecipes.production.export import compact               # noqa: E402
+from fastrecipes.production.graphs import compact               # noqa: E402
 from fastrecipes.production.predictor import Graph              # noqa: E402
 from fastrecipes.production.quantized import network_graph      # noqa: E402
 from fastrecipes.production.timing import interleaved           # noqa: E402
