@@ -1,6 +1,7 @@
 """What each way to make and weigh an ensemble gains over its mean and its best member, on scanned digits and on a part of CIFAR-10.
 
-    python bench/ensembles.py [--data DIR] [--out DIR] [--seeds 3] [--members 4] [--folds 3] [--train 2000] [--valid 1000] [--test 2000] [--epochs 4] [--bs 64] [--lr .01] [--write]
+    python bench/ensembles.py [--data DIR] [--out DIR] [--seeds 3] [--members 4] [--folds 3] [--train 2000] [--valid 1000] [--test 2000] [--epochs 4] [--bs 64] [--lr .01]
+        [--on digits cifar] [--write]
 
 Which images are trained on, chosen by and judged by is drawn by seed, as are weights, order and augmentation. The members of a seed are trained once: average, votes, weights and
 blending combine the same networks; bagging, boosting and the folds of stacking train their own; a snapshot ensemble is one fit as long as all members together, as is 'one network, as
@@ -95,10 +96,10 @@ def measured(data: str, folder: Path, seed: int, settings: dict) -> dict:
     return said
 
 
-def main(data: Path, out: Path, seeds: int, **settings) -> str:
+def main(data: Path, out: Path, seeds: int, on: list[str], **settings) -> str:
     file = ready(data, out)
     runs = {(r['data'], r['seed']): r for r in done(file) if r['settings'] == settings}
-    for name in DATA:
+    for name in on:
         for seed in range(seeds):
             if (name, seed) in runs: continue
             start = time.process_time()
@@ -106,7 +107,7 @@ def main(data: Path, out: Path, seeds: int, **settings) -> str:
             runs[name, seed] = r = dict(data=name, seed=seed, settings=settings, said=said, seconds=round(time.process_time()-start, 1))
             note(file, r)
             print(f'{name} seed {seed}: members {np.mean(said["members"]):.1%}, average {said["average"]:.1%}, {r["seconds"]:.0f} s', flush=True)
-    return '\n\n'.join(table(name, [runs[name, s]['said'] for s in range(seeds)], sum(runs[name, s]['seconds'] for s in range(seeds)), settings) for name in DATA)
+    return '\n\n'.join(table(name, [runs[name, s]['said'] for s in range(seeds)], sum(runs[name, s]['seconds'] for s in range(seeds)), settings) for name in on)
 
 
 def table(name: str, said: list[dict], seconds: float, settings: dict) -> str:
@@ -137,6 +138,7 @@ if __name__ == '__main__':
     parser.add_argument('--out', type=Path, default=xdg_cache_home()/'fastrecipes'/'ensembles')
     settings = dict(seeds=3, members=4, folds=3, train=2000, valid=1000, test=2000, epochs=4, bs=64, lr=.01)
     for name, default in settings.items(): parser.add_argument(f'--{name}', type=type(default), default=default)
+    parser.add_argument('--on', nargs='+', choices=DATA, default=DATA)
     parser.add_argument('--write', action='store_true')
     asked = vars(parser.parse_args())
     to_write = asked.pop('write')
@@ -144,5 +146,5 @@ if __name__ == '__main__':
         if asked[name] < 2: parser.error(f'--{name}: at least 2')
     said = main(**asked)
     print(said)
-    how = ' '.join(f'--{k} {asked[k]:g}' for k in settings)
+    how = ' '.join(f'--{k} {asked[k]:g}' for k in settings) + f' --on {" ".join(asked["on"])}'
     if to_write: write('ensembles', f'## Ensembles\n\n`python bench/ensembles.py {how}`\n\n{said}')

@@ -29,16 +29,17 @@ def checked(f, techniques=None):
 
     `techniques()`: the names that a function of `**techniques` takes beside its own."""
     signature = inspect.signature(f)
-    takes = [n for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD]
+    takes = [n for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD and n != 'self']
+    who = f.__qualname__.rpartition('<locals>.')[2]
     @wraps(f)
     def call(*args, **kwargs):
-        if not techniques: check_names(f.__name__, kwargs, takes)
+        if not techniques: check_names(who, kwargs, takes)
         else:
             for name in set(kwargs) - {*takes, *(there := techniques())}:
-                raise BadName(f'{f.__name__}: no argument and no technique named {name!r}{nearest(name, [*takes, *there]) or ";"} help({f.__name__}) and `fastrecipes ls` list them')
+                raise BadName(f'{who}: no argument and no technique named {name!r}{nearest(name, [*takes, *there]) or ";"} help({f.__name__}) and `fastrecipes ls` list them')
         try: given = signature.bind(*args, **kwargs).arguments
-        except TypeError as e: raise BadName(f'{f.__name__}: {e}; it takes {", ".join(takes)}') from None
-        check_types(f, given)
+        except TypeError as e: raise BadName(f'{who}: {e}; it takes {", ".join(takes)}') from None
+        check_types(f, given, who if 'self' in signature.parameters else None)
         return f(*args, **kwargs)
     return call
 

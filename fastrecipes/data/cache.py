@@ -22,12 +22,13 @@ from fasttransform.cast import retain_type
 from fasttransform.transform import compose_tfms
 from torch.utils.data import Subset, TensorDataset
 
-from fastrecipes.data.decoded import NoRoom, decode_once, in_bytes
+from fastrecipes.data.decoded import NoRoom, decode_once
 from fastrecipes.data.images import Fit, RGBImage
 from fastrecipes.data.keyed import KeyedDL, keyed
 from fastrecipes.data.memory import InPlace, recycled
 from fastrecipes.data.pixels import fit_image, read_image
 from fastrecipes.errors import BadValue
+from fastrecipes.files import in_bytes
 from fastrecipes.technique import say, technique
 
 __all__ = ['CachedDL', 'cached']

@@ -12,8 +12,9 @@ from filelock import FileLock
 
 from fastrecipes.data.processes import each_chunk
 from fastrecipes.errors import BadValue
+from fastrecipes.files import in_bytes
 
-__all__ = ['NoRoom', 'decode_once', 'in_bytes', 'take_room']
+__all__ = ['NoRoom', 'decode_once', 'take_room']
 
 FLUSH = 5.                      # seconds between two writes of what is done
 
@@ -108,11 +109,6 @@ def take_room(arrays: dict[Path, tuple], folder: Path):
         np.lib.format.open_memmap(file, 'w+', dtype, shape)
         if hasattr(os, 'posix_fallocate'):          # on Linux
             with open(file, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
-
-
-def in_bytes(n: int) -> str:
-    "A size in words: 1,234 bytes are `1.2 kB`."
-    return next(f'{n/unit:,.1f} {name}' for unit, name in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')) if n >= unit or name == 'kB')
 
 
 def _px(shape) -> str: return f'{shape[-1]}×{shape[-2]} px'

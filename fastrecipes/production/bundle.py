@@ -20,7 +20,8 @@ from fastai.callback.progress import ProgressCallback
 from fastrecipes import __version__
 from fastrecipes.data.loaders import labels_of
 from fastrecipes.errors import BadValue
-from fastrecipes.production.export import activation_of, graph_of, input_contract, labels, served
+from fastrecipes.files import in_bytes
+from fastrecipes.production.export import activation_of, check_width, graph_of, input_contract, labels, served
 from fastrecipes.production.parity import TOLERANCE, as_it_was, full_precision
 from fastrecipes.production.predictor import CARD, MODEL, SCHEMA, Graph, Predictor, batched, pixels_of, sha256
 from fastrecipes.production.timing import image_times, medians
@@ -68,7 +69,7 @@ class Bundle:
         return Predictor(self.path, threads)
 
     def __str__(self):
-        return (f'bundle {self.path}: {self.size_bytes/1e6:.1f} MB, {self.latency_ms:.2f} ms an image on one thread '
+        return (f'bundle {self.path}: {in_bytes(self.size_bytes)}, {self.latency_ms:.2f} ms an image on one thread '
                 f'(eager torch {self.eager_latency_ms:.2f} ms); {self.parity}')
 
 
@@ -86,6 +87,7 @@ def write_bundle(learn: Learner, path, *, overwrite: bool = False, accepted: byt
     with new_bundle(path, overwrite) as tmp:
         model, targets = served(learn), labels_of(learn.dls.valid)
         expected = _answers(learn) if accepted is None else answers(Graph(accepted), items, contract)
+        check_width(expected, labels(learn), 'ship')
         card = fill(tmp, graph_of(learn, model) if accepted is None else accepted, labels(learn), contract)
         got = Predictor(tmp).probabilities(items)
         parity = compared(got, expected, items, 'the Learner' if accepted is None else 'the accepted graph')

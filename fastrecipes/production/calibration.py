@@ -8,6 +8,7 @@ from fastai.basics import Learner, get_model, nn, patch
 from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
+from fastrecipes.arguments import checked
 from fastrecipes.data.loaders import samples
 from fastrecipes.errors import BadValue
 from fastrecipes.losses.classification import cross_entropy_of
@@ -41,7 +42,8 @@ class Calibration:
         how = 'too sure' if self.T > 1.005 else 'not sure enough' if self.T < .995 else 'as sure as it should be'
         said = (f'T = {self.T:.3g}: it was {how}; calibration error {self.error[0]:.3f} → {self.error[1]:.3f}, log loss {self.log_loss[0]:.3f} → {self.log_loss[1]:.3f} '
                 f'on the {self.n:,} images that T was fitted on; no answer changes')
-        return said + ('; T IS AT THE END OF ITS RANGE: too few mistakes to fit it by' if self.at_bound else '')
+        why = 'too few mistakes to fit it by' if self.T < 1 else 'what it says has next to nothing to do with what is right'
+        return said + (f'; T IS AT THE END OF ITS RANGE: {why}' if self.at_bound else '')
 
 
 def temperature(logits, y) -> float:
@@ -58,7 +60,11 @@ def temperature(logits, y) -> float:
 
 def calibrated(logits, y) -> Calibration:
     "The `Calibration` that fits outputs `(n, c)` of samples of classes `(n,)`."
-    T = temperature(logits, y)
+    return told(logits, y, temperature(logits, y))
+
+
+def told(logits, y, T: float) -> Calibration:
+    "What it does to outputs `(n, c)` to divide them by `T`."
     z, y = torch.as_tensor(np.asarray(logits)).double(), torch.as_tensor(np.asarray(y)).long()
     both = z, z/T
     ece = CalibrationError(bins=BINS, logits=True)
@@ -81,6 +87,7 @@ class Calibrated(TechniqueCallback):
 
 
 @patch
+@checked
 def calibrate(self: Learner, ds_idx: int = 1) -> Calibration:
     """Divide the network's outputs by the temperature that fits the validation images best (`ds_idx` 1), and tell what that did (arXiv:1706.04599).
 
@@ -95,7 +102,7 @@ def calibrate(self: Learner, ds_idx: int = 1) -> Calibration:
     found = calibrated(z, y)
     before = vars(self).get('calibration')
     temper(self, found.T)
-    self.calibration = found if before is None else Calibration(before.T*found.T, found.n, found.log_loss, found.error)
+    self.calibration = found if before is None else told(z*before.T, y, before.T*found.T)       # beside the network as it was trained
     put(self, Calibrated())
     return found
 

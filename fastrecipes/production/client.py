@@ -20,7 +20,8 @@ class Unavailable(UserError, ConnectionError):
 class Client:
     """A server started by `fastrecipes serve` or `serve.pyz`; one Client may be used by many threads, each keeps its connection.
 
-    `timeout`: seconds to wait for an answer; `retries`: how often to come back to a server that is busy (503), after as many seconds as it asks for."""
+    `timeout`: seconds to wait for an answer; `retries`: how often to come back to a server that is busy (503), after as many seconds as it asks for.
+    Raises `ValueError` for a `url` that is no http address, and for numbers below 0."""
     def __init__(self, url: str = 'http://localhost:5000', timeout: float = 30., retries: int = 5):
         parts = urlsplit(url)
         if parts.scheme not in ('http', 'https') or not parts.hostname: raise BadValue(f'url: http://HOST:PORT, got {url!r}')

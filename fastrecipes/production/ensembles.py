@@ -10,6 +10,7 @@ from fastai.basics import CrossEntropyLossFlat, Learner, nn
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.metrics import accuracy
 
+from fastrecipes.arguments import checked
 from fastrecipes.data.loaders import Indexed
 from fastrecipes.data.statistics import normalization_of, normalized_by
 from fastrecipes.errors import BadValue, few, nearest
@@ -45,6 +46,7 @@ class Ensemble:
     classes, an unknown kind, members that were trained on images that the ensemble is measured on."""
     def __init__(self, members: Sequence, kind: Kind = 'average', *, weights: Sequence[float] | None = None, dls: DataLoaders | None = None,
                  names: Sequence[str] | None = None, flip: bool = False):
+        if isinstance(members, str) or not isinstance(members, Sequence): raise BadValue(f'members: a list of them, Ensemble([a, b]), got {type(members).__name__}')
         check_kind(kind)
         self.members, self.kind, self.flip = [member_of(o) for o in members], kind, flip
         if len(self.members) < (1 if flip else 2): raise BadValue(f'members: at least 2, got {len(self.members)}')
@@ -136,6 +138,7 @@ class Ensemble:
         p = torch.from_numpy(self.probabilities(item[None] if isinstance(item, torch.Tensor) else [item])[0])
         return str(self.vocab[int(p.argmax())]), p.argmax(), p
 
+    @checked
     def evaluate(self, ds_idx: int | None = None) -> Evaluation:
         "How well it and each member do on the test images, or those of `ds_idx`; the best member is the one that does best on the validation images."
         ds_idx = held_out(self.dls)[0] if ds_idx is None else ds_idx

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastrecipes.data.images import Fit
 from fastrecipes.data.statistics import PixelMap, normalization_of
-from fastrecipes.errors import BadValue
+from fastrecipes.errors import BadValue, few
 from fastrecipes.objective import cross_entropy_of
 from fastrecipes.production.graphs import as_onnx
 from fastrecipes.repairs import export_to, holding
@@ -108,6 +108,12 @@ def two_pictures(contract: dict) -> torch.Tensor:
 def labels(learn: Learner) -> list[str]:
     "The names of the classes, in the order of the model's outputs."
     return [str(v) for v in learn.dls.vocab]
+
+
+def check_width(answers, names: list[str], who: str):
+    "Raise where answers `(n, c)` are of another number of classes than there are `names`."
+    if answers.ndim == 2 and answers.shape[1] != len(names):
+        raise BadValue(f'{who}: the network gives {answers.shape[1]} outputs for {len(names)} classes ({few(names)}); its last layer must have {len(names)}')
 
 
 def graph_of(learn: Learner, model: Served | None = None, *, opset: int | None = None, who: str = 'ship') -> bytes:

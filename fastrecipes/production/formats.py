@@ -11,8 +11,9 @@ import torch
 from fastai.basics import Learner, patch
 from torch.export import export
 
+from fastrecipes.arguments import checked
 from fastrecipes.errors import BadValue
-from fastrecipes.files import whole
+from fastrecipes.files import check_file, in_bytes, whole
 from fastrecipes.production.entries import Entry, entry_of
 from fastrecipes.production.export import graph_of
 from fastrecipes.production.graphs import any_number, as_onnx, check_opset, opset_of, ops_of, quiet_export, reason
@@ -42,7 +43,7 @@ class Exported:
     def __str__(self):
         rows = [('in', ', '.join(self.inputs)), ('out', self.output), ('operators', ', '.join(f'{n} {op}' for op, n in self.ops.items())), ('parity', str(self.agreement))]
         what = f'{self.format}, opset {self.opset}' if self.opset else self.format
-        return '\n'.join([f'{self.path}: {what}, {self.size_bytes/1e6:,.2f} MB', *(f'  {name.ljust(9)}  {value}' for name, value in rows)])
+        return '\n'.join([f'{self.path}: {what}, {in_bytes(self.size_bytes)}', *(f'  {name.ljust(9)}  {value}' for name, value in rows)])
 
     def text(self) -> str:
         "The whole graph as text, one operator a line."
@@ -54,13 +55,15 @@ class Exported:
 
 
 @patch
-def to_onnx(self: Learner, path, *, opset: int | None = None) -> Exported:
+@checked
+def to_onnx(self: Learner, path: str, *, opset: int | None = None) -> Exported:
     """Write the Learner as an ONNX file: its inputs before normalisation, in any number, to probabilities; numbers where it has no classes.
 
     uint8 pixels `(n, h, w, 3)` of data made by `image_folder`, images `(n, c, h, w)` of other data in [0, 1], of a table codes and numbers in their own units.
     Labels and input are in the file's metadata; `opset` (18 to 25): torch's choice if None. The file is checked in full and answers, on every
     validation sample, as the Learner does in 32 bits, probabilities within 1e-4; else, and where torch cannot write the network, `ValueError`, and no file."""
     check_opset(opset, 'to_onnx')
+    check_file(path, 'to_onnx')
     entry = entry_of(self, 'to_onnx')
     if entry.module is None:
         if opset: raise BadValue(f'to_onnx: opset={opset}: a network in 8 bits is a graph already, in an opset of its own; leave opset off')
@@ -79,11 +82,13 @@ def to_onnx(self: Learner, path, *, opset: int | None = None) -> Exported:
 
 
 @patch
-def to_torch_export(self: Learner, path) -> Exported:
+@checked
+def to_torch_export(self: Learner, path: str) -> Exported:
     """Write the Learner as a program of torch.export, to be read by `torch.export.load(path).module()`, without its classes: what torch compiles and lowers.
 
     Inputs, output and parity as of `to_onnx`; labels and input are in the file's extra files, labels.json and input.json. Raises `ValueError`
     where torch cannot trace the network, or the program answers otherwise; no file is left then."""
+    check_file(path, 'to_torch_export')
     entry = _float_entry(self, 'to_torch_export')
     try:
         with quiet_export(): program = export(entry.module, entry.example, dynamic_shapes=any_number(entry.module, entry.example))
@@ -97,12 +102,14 @@ def to_torch_export(self: Learner, path) -> Exported:
 
 
 @patch
-def to_torchscript(self: Learner, path) -> Exported:
+@checked
+def to_torchscript(self: Learner, path: str) -> Exported:
     """Write the Learner as TorchScript, traced, to be read by `torch.jit.load(path)` in Python, C++ or on a phone.
 
     Deprecated since torch 2.9, whose warning is silenced here: for what runs it already; else take `to_onnx` or `to_torch_export`. A branch that depends
     on the data is traced as it went: so the trace is compared with the network on one, two and five samples, and with the Learner on the
     validation set. Inputs, output and errors as of `to_torch_export`."""
+    check_file(path, 'to_torchscript')
     entry = _float_entry(self, 'to_torchscript')
     others = [tuple(torch.cat([x]*3)[:n] for x in entry.example) for n in (1, 5)]
     try:

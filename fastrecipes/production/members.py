@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from fastai.basics import Learner, Pipeline, Transform
+from fastai.basics import Learner, Path, Pipeline, Transform, nn
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders, TfmdDL
@@ -112,6 +112,8 @@ def pixels_in(dl: TfmdDL, like: TfmdDL | None = None, flip: bool = False) -> tup
 def member_of(o) -> 'Network | Estimator':
     "A Learner, an estimator, a function or a member, as a member. Raises `ValueError` for what does not tell classes apart."
     if isinstance(o, (Network, Estimator)): return o
+    if isinstance(o, nn.Module): raise BadValue(f'members: a network needs the data that it was trained for; give the Learner, not its model ({type(o).__name__})')
+    if isinstance(o, (str, Path)): raise BadValue(f'members: {str(o)!r} is a path; give what load_run makes of a run folder, or load_learner of an export')
     if not isinstance(o, Learner): return Estimator(o)
     if classes_of(o.loss_func) is None: raise BadValue(f'members: a Learner must tell classes apart, got one with the loss {o.loss_func}')
     return Network(o)

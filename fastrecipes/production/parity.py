@@ -10,7 +10,7 @@ from fastai.callback.progress import ProgressCallback
 from fastrecipes.data.statistics import normalization_of
 from fastrecipes.errors import BadValue
 from fastrecipes.production.entries import Entry, met_by, mismatch
-from fastrecipes.production.export import input_contract
+from fastrecipes.production.export import check_width, input_contract, labels
 from fastrecipes.production.predictor import pixels_of
 from fastrecipes.randomness import forked
 
@@ -73,6 +73,7 @@ def agreement(learn: Learner, entry: Entry, run, who: str, allowed: float | None
     files = None
     if entry.kind == 'pixels':
         contract = input_contract(learn)
+        check_width(run(*entry.example), labels(learn), who)
         files = (lambda x: torch.from_numpy(pixels_of(x, contract).copy()), list(dl.items))
     compare = Compare(entry, run, who, files)
     if entry.kind == 'images' and normalization_of(learn) is not None: dl = met_by(dl, lambda x: setattr(compare, 'met', x))

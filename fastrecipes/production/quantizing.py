@@ -9,6 +9,7 @@ import torch
 from fastai.basics import Learner, patch
 from fastai.data.core import TfmdDL
 
+from fastrecipes.arguments import checked
 from fastrecipes.data.loaders import in_order, unvaried
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.files import writes
@@ -88,6 +89,7 @@ ONLY_FOR = dict(tolerance=('static',), calibration=('static', 'qat'), epochs=('q
 
 
 @patch
+@checked
 def quantize(self: Learner, kind: Kind = 'static', *, tolerance: float | None = None, calibration: int | None = None, epochs: int | None = None, lr: float | None = None,
              schedule: str | None = None, force: bool | None = None, seed: int = 42) -> Learner:
     """A Learner whose network computes in 8 bits, in onnxruntime on the CPU; this one stays as it is. One line says what was gained and lost.

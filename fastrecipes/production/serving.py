@@ -75,9 +75,10 @@ def _application(bundle, threads: int, metrics: Metrics, settings: dict):
     return create_app(Predictor(bundle, threads=threads), metrics=metrics, **settings)
 
 
-def _say(address, workers: int, threads: int):
+def _say(address, workers: int, cores: int):
     host, port = (f'[{address[0]}]' if ':' in address[0] else address[0]), address[1]
-    print(f'serving http://{host}:{port} ({workers} {"process" if workers == 1 else "processes"} of {threads} {"thread" if threads == 1 else "threads"}); Ctrl-C ends it', flush=True)
+    where = f'{workers} {"process" if workers == 1 else "processes"} on {cores} {"core" if cores == 1 else "cores"}{" each" if workers > 1 else ""}'
+    print(f'serving http://{host}:{port} ({where}); Ctrl-C ends it', flush=True)
 
 
 def _gunicorn(bundle, host, port, workers, threads, timeout, settings) -> int:
@@ -128,7 +129,8 @@ def main(argv=None) -> int:
     for name, kind, default, said in (('port', int, PORT, '0 for any that is free'), ('host', str, HOST, '0.0.0.0 for all of this machine'),
                                       ('workers', int, None, 'processes (one a core)'), ('threads', int, THREADS, 'requests that a process answers at once'),
                                       ('max-mb', float, MAX_MB, 'the largest upload, MB'), ('timeout', int, TIMEOUT, 'seconds a request may take to arrive')):
-        parser.add_argument(f'--{name}', type=kind, default=default, help=said + ('' if default is None else f' (default: {default})'))
+        spelled = dict.fromkeys([f'--{name}', f'--{name.replace("-", "_")}'])         # as `fastrecipes serve` has it
+        parser.add_argument(*spelled, type=kind, default=default, help=said + ('' if default is None else f' (default: {default})'))
     parser.add_argument('--waitress', action='store_true', help='serve by waitress, not gunicorn')
     arguments = vars(parser.parse_args(argv))
     try: return run_server(arguments.pop('bundle'), **arguments)

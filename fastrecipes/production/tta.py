@@ -9,6 +9,7 @@ from fastai.data.core import TfmdDL
 from fastai.vision.augment import RandTransform
 from torch.utils.data import Sampler
 
+from fastrecipes.arguments import checked
 from fastrecipes.data.augmix import AugMixViews, Apart
 from fastrecipes.data.keyed import Keyed, KeyedDL
 from fastrecipes.data.statistics import normalizes
@@ -39,6 +40,7 @@ class Views(KeyedDL):
 
 if REPAIRS:
     @patch
+    @checked
     def tta(self: Learner, ds_idx=1, dl=None, n=4, item_tfms=None, batch_tfms=None, beta=0.25, use_max=False, views: Literal['flip'] | None = None):
         """Probabilities `(m, c)` averaged over views of each sample of `dl`, or of `dls[ds_idx]`, in order, and their targets.
 
@@ -53,7 +55,9 @@ if REPAIRS:
         if views not in (None, 'flip'): raise BadValue(f"tta: views must be 'flip' or None, got {views!r}")
         if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise BadValue(f'tta: n must be a whole number ≥ 1, got {n!r}')
         if beta is not None and not 0 <= beta <= 1: raise BadValue(f'tta: beta must be 0 to 1, or None for both answers, got {beta}')
-        if dl is None: dl = self.dls[ds_idx]
+        if dl is None:
+            if ds_idx not in range(len(self.dls.loaders)): raise BadValue(f'tta: ds_idx is 0 (training), 1 (validation) … {len(self.dls.loaders)-1}, got {ds_idx!r}')
+            dl = self.dls[ds_idx]
         act = activation_of(self.loss_func) if classes_of(self.loss_func) else None
         plain = seen_by(dl, self.dls.valid)
         if views: others = [seen_by(dl, self.dls.valid, flip=True)]

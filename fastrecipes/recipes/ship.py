@@ -34,6 +34,8 @@ def ship(learn, out: str = 'bundle', *, weights: str | None = None, overwrite: b
     """
     if isinstance(learn, (str, Path)):
         folder = Path(learn)
+        if folder.suffix == '.pkl':
+            raise BadValue(f'learn: {learn} is an exported Learner, without data to verify a bundle on; give the run folder, or load_learner it and give it data (learn.dls = …)')
         if isinstance(learn, str) and not folder.exists() and '/' not in learn and '\\' not in learn: return _published(learn, out, weights, overwrite)
         learn = load_run(folder)
         if (folder/STAGES).is_file(): learn = Compressed.load(learn, folder)

@@ -14,11 +14,11 @@ from filelock import FileLock
 from PIL import Image
 from torch.utils.data import Subset
 
-from fastrecipes.data.decoded import FLUSH, NoRoom, in_bytes, take_room
+from fastrecipes.data.decoded import FLUSH, NoRoom, take_room
 from fastrecipes.data.keyed import KeyedDL, keyed_kind
 from fastrecipes.data.loaders import Indexed, in_order, samples, unvaried
 from fastrecipes.errors import BadValue
-from fastrecipes.files import writes
+from fastrecipes.files import in_bytes, writes
 from fastrecipes.randomness import forked
 
 __all__ = ['Stored', 'store', 'as_keyed']

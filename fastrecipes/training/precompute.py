@@ -10,9 +10,10 @@ from fastai.data.core import TfmdDL
 from fastai.layers import AdaptiveConcatPool2d, Flatten
 from fasttransform.cast import retain_type
 
-from fastrecipes.data.decoded import NoRoom, in_bytes
+from fastrecipes.data.decoded import NoRoom
 from fastrecipes.data.keyed import Keyed, KeyedDL, keyed, keyed_kind
 from fastrecipes.errors import BadValue
+from fastrecipes.files import in_bytes
 from fastrecipes.repairs import fitting
 from fastrecipes.technique import TECHNIQUES, TechniqueCallback, applied, put, say, technique
 from fastrecipes.training.activations import Stored, as_keyed, store

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from fastrecipes.data import decoded
-from fastrecipes.data.decoded import NoRoom, decode_once, in_bytes
+from fastrecipes.data.decoded import NoRoom, decode_once
 from fastrecipes.errors import BadValue
+from fastrecipes.files import in_bytes
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_requirements_are_what_serving_was_verified_with(shipped):
 
 
 def test_a_bundle_reads_as_a_sentence(shipped):
-    assert re.fullmatch(r'bundle \S+: 0\.0 MB, [\d.]+ ms an image on one thread \(eager torch [\d.]+ ms\); '
+    assert re.fullmatch(r'bundle \S+: 3\.\d kB, [\d.]+ ms an image on one thread \(eager torch [\d.]+ ms\); '
                         r"the Learner's label on 21 of 21 validation images, probabilities within [\de.-]+", str(shipped[1]))
 
 
@@ -142,6 +142,7 @@ def test_overwrite_replaces_a_bundle_and_a_failed_one_leaves_it(learn, tmp_path)
 def test_data_that_are_no_image_folder_are_refused(toy, tmp_path):
     with pytest.raises(BadValue, match='data made by image_folder'): ship(toy(), tmp_path/'b')
     with pytest.raises(BadValue, match='a fitted Learner, what compress gave or a run folder, got Linear'): ship(nn.Linear(1, 1), tmp_path/'b')
+    with pytest.raises(BadValue, match='l.pkl is an exported Learner, without data to verify a bundle on; give the run folder'): ship('l.pkl', tmp_path/'b')
     assert nothing_left(tmp_path)
 
 

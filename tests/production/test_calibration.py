@@ -107,6 +107,29 @@ def test_training_on_forgets_it(toy):
     assert 'calibration' not in vars(learn)
 
 
+def test_twice_it_tells_of_the_network_as_it_was_trained(learn):
+    last = learn.model[-1]
+    before = float(learn.validate()[0])
+    once = learn.calibrate()
+    with torch.no_grad(): last.weight.mul_(2), last.bias.mul_(2)           # as if it had been surer, not trained
+    again, kept = learn.calibrate(), learn.calibration
+    assert .06 < once.T < 19 and once.T != 1 and again.T == pytest.approx(2, rel=1e-3) and kept.T == pytest.approx(once.T*again.T)
+    assert kept.log_loss == pytest.approx((_loss_at(learn, kept.T), float(learn.validate()[0])), rel=1e-4) and once.log_loss[0] == pytest.approx(before, rel=1e-4)
+    assert again.log_loss[0] != pytest.approx(kept.log_loss[0], rel=1e-3)
+
+
+def _loss_at(learn, T: float) -> float:
+    "The mean log loss in validation were the outputs `T` times as large."
+    z, y = learn.get_preds(act=lambda z: z)
+    return float(F.cross_entropy(z*T, y))
+
+
+def test_where_nothing_is_right_it_says_so():
+    z = np.tile([5., 0., 0.], (20, 1))
+    told = calibrated(z, np.ones(20, int))
+    assert told.T > 19 and 'what it says has next to nothing to do with what is right' in str(told)
+
+
 def test_it_is_shipped_exported_and_told_in_the_card(learn, tmp_path):
     before = learn.get_preds()[0]
     c = learn.calibrate()

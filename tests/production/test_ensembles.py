@@ -185,6 +185,10 @@ def test_the_members_stay_as_they_were(pair):
 
 def test_what_does_not_fit_together_is_refused(pair, toy, mixed_photos, tmp_path):
     with pytest.raises(BadValue, match='members: at least 2, got 1'): Ensemble(pair[:1])
+    with pytest.raises(BadValue, match=r'members: a list of them, Ensemble\(\[a, b\]\), got Learner'): Ensemble(*pair)
+    with pytest.raises(BadValue, match=r'give the Learner, not its model \(Sequential\)'): Ensemble([pair[0], pair[1].model])
+    with pytest.raises(BadValue, match="members: 'runs/x' is a path; give what load_run makes"): Ensemble([pair[0], 'runs/x'])
+    with pytest.raises(TypeError, match="Ensemble.evaluate: no argument 'ds'"): Ensemble(pair).evaluate(ds=1)
     with pytest.raises(BadValue, match="kind: one of average, .*, got 'averge'; did you mean 'average'"): Ensemble(pair, 'averge')
     with pytest.raises(BadValue, match='members: must know the same classes, network 2 has 0, 1, 2, the data have blue, green, red'): Ensemble([pair[0], toy()])
     with pytest.raises(BadValue, match='LinearSVC gives no probabilities'): Ensemble([pair[0], LinearSVC()])

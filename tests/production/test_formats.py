@@ -22,6 +22,7 @@ from fastrecipes.production import entries, formats, quantizing  # noqa: F401  t
 from fastrecipes.production.entries import answer_of
 from fastrecipes.production.formats import Exported, to_onnx, to_torch_export, to_torchscript
 from fastrecipes.production.graphs import OPSETS, as_onnx, opset_of, ops_of
+from fastrecipes.recipes.ship import ship
 from fastrecipes.training import precision  # noqa: F401  its to_fp16 replaces fastai's
 
 from .conftest import small_net
@@ -167,7 +168,9 @@ def test_any_opset_that_torch_writes_and_others_are_refused(learn, tmp_path):
     for opset in (OPSETS[0], OPSETS[-1]):
         file = to_onnx(learn, tmp_path/f'{opset}.onnx', opset=opset)
         assert opset_of(onnx.load(file)) == file.opset == opset and np.abs(ort.InferenceSession(file).run(None, {'pixels': pixels})[0] - expected).max() < 1e-5
-    for opset in (17, 26, 20., True):
+    for opset in (20., True):
+        with pytest.raises(BadValue, match=f'^to_onnx: opset must be a whole number or None, got {opset}'): to_onnx(learn, tmp_path/'no.onnx', opset=opset)
+    for opset in (17, 26):
         with pytest.raises(BadValue, match=f'^to_onnx: opset must be 18 to 25, which torch writes and onnxruntime runs, got {opset}'): to_onnx(learn, tmp_path/'no.onnx', opset=opset)
     assert not (tmp_path/'no.onnx').exists()
 
@@ -257,6 +260,26 @@ def test_a_network_that_cannot_be_copied_is_one_sentence(toy, tmp_path, write):
     with pytest.raises(BadValue, match=f'^{write.__name__}: Recurrent holds tensors that torch cannot copy.*export'): write(learn, tmp_path/'m')
     learn.export(tmp_path/'l.pkl')
     assert [f.name for f in tmp_path.iterdir()] == ['l.pkl']
+
+
+@pytest.mark.parametrize('write', FORMATS)
+def test_where_no_file_can_be_is_said_before_any_work(make_learn, tmp_path, write, monkeypatch):
+    learn, name = make_learn(), write.__name__
+    monkeypatch.setattr('fastrecipes.production.formats.entry_of', lambda *a: pytest.fail('it began'))
+    (tmp_path/'file').write_text('')
+    with pytest.raises(BadValue, match=f'^{name}: .* is a folder; name a file in it'): write(learn, tmp_path)
+    with pytest.raises(BadValue, match=f'^{name}: .* cannot be written, for .*file is a file'): write(learn, tmp_path/'file'/'net')
+    with pytest.raises(BadValue, match=f'^{name}: path must be text, got 5'): write(learn, 5)
+    with pytest.raises(TypeError, match=f"^{name}: no argument 'pth'"): write(learn, pth='a')
+
+
+def test_outputs_of_another_number_than_classes_are_one_sentence(make_learn, tmp_path):
+    learn = make_learn(model=small_net(5))
+    said = r'the network gives 5 outputs for 3 classes \(blue, green, red\); its last layer must have 3'
+    for write in FORMATS:
+        with pytest.raises(BadValue, match=f'^{write.__name__}: {said}'): write(learn, tmp_path/'net')
+    with pytest.raises(BadValue, match=f'^ship: {said}'): ship(learn, tmp_path/'bundle')
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_validation_samples_nothing_is_written(learn, toy, tmp_path):

@@ -129,5 +129,9 @@ def test_what_makes_no_views_is_refused(how, said):
     with pytest.raises(BadValue, match=said): pictures()[0].tta(**how)
 
 
+def test_a_loader_that_is_not_there_is_refused():
+    with pytest.raises(BadValue, match=r'ds_idx is 0 \(training\), 1 \(validation\) … \d, got 5'): pictures()[0].tta(ds_idx=5, views='flip')
+
+
 def test_what_is_no_picture_has_no_mirror_image(toy):
     with pytest.raises(BadValue, match=r'flip: needs images \(n, c, h, w\), got \(n, 4\)'): toy().tta(views='flip')
