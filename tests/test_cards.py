@@ -92,7 +92,7 @@ def test_the_matrix_as_records_has_every_pair_once(capsys):
 def test_methods_and_recipes_have_a_page_too(capsys, name, first, kind):
     assert cli.main(['ls', name]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(first) and f'a {kind}, and no technique' in said and 'aises' in said
+    assert said.startswith(first) and f'a {kind}, and no technique' in said and 'Raises' in said
     assert cli.main(['ls', name, '--json']) == 0
     assert json.loads(capsys.readouterr().out)['kind'] == kind
 

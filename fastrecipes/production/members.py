@@ -1,9 +1,10 @@
 "Who answers in an ensemble: a fastai Learner, a scikit-learn estimator, a function; asked for probabilities on the same samples, each as it was trained."
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.basics import Learner, Path, Pipeline, Transform, nn
+from fastai.basics import Learner, Pipeline, Transform, nn
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders, TfmdDL

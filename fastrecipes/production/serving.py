@@ -75,9 +75,9 @@ def _application(bundle, threads: int, metrics: Metrics, settings: dict):
     return create_app(Predictor(bundle, threads=threads), metrics=metrics, **settings)
 
 
-def _say(address, workers: int, cores: int):
+def _say(address, workers: int, each: int):
     host, port = (f'[{address[0]}]' if ':' in address[0] else address[0]), address[1]
-    where = f'{workers} {"process" if workers == 1 else "processes"} on {cores} {"core" if cores == 1 else "cores"}{" each" if workers > 1 else ""}'
+    where = f'{workers} {"process" if workers == 1 else "processes"} on {each} {"core" if each == 1 else "cores"}{" each" if workers > 1 else ""}'
     print(f'serving http://{host}:{port} ({where}); Ctrl-C ends it', flush=True)
 
 

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from fastrecipes.data.folders import image_folder
 from fastrecipes.production.export import graph_of, input_contract
-from fastrecipes.production.graphs import compact, quiet_export
+from fastrecipes.production.graphs import as_onnx, compact
 from fastrecipes.production.predictor import Graph, batched, pixels_of
 from fastrecipes.production.quantizing import calibration_batches
 from fastrecipes.production.quantization import quantize_dynamic, quantize_static, quantize_within, quantized_share, node_sensitivity
@@ -59,17 +59,11 @@ def test_sums_of_products_of_bytes_do_not_overflow(net):
     net = BIG[net]()
     with torch.no_grad(): next(net.parameters()).uniform_(.8, 1.)
     x = (.8+.2*torch.rand(4, 64, 4, 4)).numpy()
-    graph = exported(net, x)
-    q = quantize_static(graph, [x])
+    q = quantize_static(as_onnx(net.eval(), (torch.from_numpy(x),), inputs=['x']).SerializeToString(), [x])
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL           # each value brought back to float before it is used
     expected = ort.InferenceSession(q, options).run(None, {'x': x})[0]
     for made in (q, compact(q)): assert np.abs(Graph(made)(x)-expected).max() <= .01*np.abs(expected).max()
-
-
-def exported(net, x) -> bytes:
-    with quiet_export():
-        return torch.onnx.export(net.eval(), (torch.from_numpy(x),), dynamo=True, external_data=False, verbose=False, input_names=['x']).model_proto.SerializeToString()
 
 
 def test_the_share_counts_weights_by_their_numbers():
