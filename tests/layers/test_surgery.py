@@ -168,6 +168,6 @@ def test_torchs_own_transformer_answers_alike_with_and_without_a_gradient(techni
     torch.manual_seed(0)
     learn = digits(Tokens()).use(**techniques)
     learn.fit(1, 1e-2)
-    x = learn.dls.valid_ds.dataset.tensors[0]
-    answers = learn.model.eval()(x)
-    with torch.no_grad(): assert torch.allclose(learn.model(x), answers, atol=1e-5)
+    x = learn.dls.valid_ds.dataset.tensors[0].double()          # group norm divides dark rows by next to nothing, and rounding grows
+    answers = learn.model.double().eval()(x)
+    with torch.no_grad(): assert torch.allclose(learn.model(x), answers, atol=1e-9)
