@@ -1,5 +1,6 @@
 "Arguments against the types their function declares: a wrong one is a sentence before any work, not a comparison that fails inside it."
 import inspect
+from collections.abc import Iterable, Sequence
 from functools import wraps
 from numbers import Integral, Real
 from os import PathLike
@@ -12,36 +13,39 @@ __all__ = ['bound', 'check_names', 'check_types', 'checked']
 
 KINDS = {float: (Real, 'a number'), int: (Integral, 'a whole number'), str: ((str, PathLike), 'text'), bool: (bool, 'True or False'), NoneType: (NoneType, 'None')}
 
+LISTS = (list, tuple, Sequence)         # tensors, arrays and fastcore's L are welcome, too
+
 
 def bound(who: str, f, *args, **kwargs) -> dict:
     "The arguments of the call `f(*args, **kwargs)` by name, checked. Raises `TypeError` naming `who` for one that is missing or unknown."
-    signature = inspect.signature(f)
-    takes = list(signature.parameters)
-    check_names(who, kwargs, takes[1:])
-    try: arguments = signature.bind(*args, **kwargs).arguments
-    except TypeError as e: raise BadName(f'{who}: {e}; it takes {", ".join(takes[1:]) or "no arguments"}') from None
-    check_types(f, arguments, who)
-    return arguments
+    takes = list(inspect.signature(f).parameters)[1:]
+    check_names(who, kwargs, takes)
+    return _bound(f, args, kwargs, who, takes, who)
 
 
 def checked(f, techniques=None):
     """`f` with its arguments looked at before it runs: a keyword that it does not take and a value of another type are a sentence each, `TypeError` and `ValueError`.
 
-    `techniques()`: the names that a function of `**techniques` takes beside its own."""
-    signature = inspect.signature(f)
-    takes = [n for n, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD and n != 'self']
-    who = f.__qualname__.rpartition('<locals>.')[2]
+    `techniques()`: the names that a function of `**techniques` takes beside its own. A method objects as `Class.method`, `__init__` as the class."""
+    parameters = inspect.signature(f).parameters
+    takes = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD and n != 'self']
+    who = f.__qualname__.rpartition('<locals>.')[2].removesuffix('.__init__')
     @wraps(f)
     def call(*args, **kwargs):
         if not techniques: check_names(who, kwargs, takes)
         else:
             for name in set(kwargs) - {*takes, *(there := techniques())}:
                 raise BadName(f'{who}: no argument and no technique named {name!r}{nearest(name, [*takes, *there]) or ";"} help({f.__name__}) and `fastrecipes ls` list them')
-        try: given = signature.bind(*args, **kwargs).arguments
-        except TypeError as e: raise BadName(f'{who}: {e}; it takes {", ".join(takes)}') from None
-        check_types(f, given, who if 'self' in signature.parameters else None)
+        _bound(f, args, kwargs, who, takes, who if 'self' in parameters else None)
         return f(*args, **kwargs)
     return call
+
+
+def _bound(f, args, kwargs, who: str, takes: list[str], objects: str | None) -> dict:
+    try: arguments = inspect.signature(f).bind(*args, **kwargs).arguments
+    except TypeError as e: raise BadName(f'{who}: {e}; it takes {", ".join(takes) or "no arguments"}') from None
+    check_types(f, arguments, objects)
+    return arguments
 
 
 def check_names(who: str, given, takes: list[str]):
@@ -60,7 +64,7 @@ def check_types(f, values: dict, who: str | None = None):
 def _fits(value, kind) -> bool:
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType): return any(_fits(value, a) for a in args)
-    if origin in (list, tuple): return not isinstance(value, (str, dict, Real, NoneType))
+    if kind is Sequence or origin in LISTS: return isinstance(value, Iterable) and not isinstance(value, (str, dict))
     if kind not in KINDS: return True if origin is not Literal else isinstance(value, str)
     return isinstance(value, KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
 
@@ -69,4 +73,4 @@ def _words(kind) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType): return ' or '.join(dict.fromkeys(map(_words, args)))
     if origin is Literal: return ' or '.join(map(repr, args))
-    return 'a list' if origin in (list, tuple) else KINDS[kind][1] if kind in KINDS else getattr(kind, '__name__', str(kind))
+    return 'a list' if kind is Sequence or origin in LISTS else KINDS[kind][1] if kind in KINDS else getattr(kind, '__name__', str(kind))

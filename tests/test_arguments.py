@@ -1,11 +1,12 @@
 "Arguments against their types: what passes, and the sentence for what does not."
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-from fastai.basics import Learner, nn
+from fastai.basics import L, Learner, nn
 
 from fastrecipes.arguments import bound, check_types, checked
 from fastrecipes.technique import discover
@@ -13,18 +14,19 @@ from fastrecipes.technique import discover
 discover()
 
 
-def f(self, alpha: float = .4, n: int = 3, mode: Literal['a', 'b'] = 'a', ws: list[float] | None = None, on: bool = True, teacher: Learner | str = 'x'): "Any."
+def f(self, alpha: float = .4, n: int = 3, mode: Literal['a', 'b'] = 'a', ws: list[float] | None = None, on: bool = True, teacher: Learner | str = 'x',
+      many: Sequence = ()): "Any."
 
 
 @pytest.mark.parametrize('good', [dict(alpha=1), dict(alpha=np.float32(.2)), dict(n=np.int64(2)), dict(mode='c'), dict(ws=None), dict(ws=(1, 2)), dict(ws=torch.ones(2)),
-                                  dict(on=False), dict(teacher=nn.Linear(1, 1))])
+                                  dict(on=False), dict(teacher=nn.Linear(1, 1)), dict(many=L(1, 2))])
 def test_what_passes(good): assert bound('f', f, None, **good) == dict(self=None, **good)
 
 
 @pytest.mark.parametrize('bad, message', [
     (dict(alpha='x'), "f: alpha must be a number, got 'x'"), (dict(alpha=None), 'f: alpha must be a number, got None'), (dict(alpha=True), 'a number, got True'),
     (dict(n=8.5), 'f: n must be a whole number, got 8.5'), (dict(mode=3), "f: mode must be 'a' or 'b', got 3"), (dict(ws={'a': 1}), "f: ws must be a list or None, got {'a': 1}"),
-    (dict(on=1), 'f: on must be True or False, got 1')])
+    (dict(many=Learner), 'f: many must be a list, got <class'), (dict(many='ab'), "f: many must be a list, got 'ab'"), (dict(on=1), 'f: on must be True or False, got 1')])
 def test_what_does_not(bad, message):
     with pytest.raises(ValueError, match=message): bound('f', f, None, **bad)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import local
 from urllib.parse import urlsplit
 
+from fastrecipes.arguments import checked
 from fastrecipes.errors import BadValue, NotThere, UserError
 
 __all__ = ['Client', 'Unavailable']
@@ -22,6 +23,7 @@ class Client:
 
     `timeout`: seconds to wait for an answer; `retries`: how often to come back to a server that is busy (503), after as many seconds as it asks for.
     Raises `ValueError` for a `url` that is no http address, and for numbers below 0."""
+    @checked
     def __init__(self, url: str = 'http://localhost:5000', timeout: float = 30., retries: int = 5):
         parts = urlsplit(url)
         if parts.scheme not in ('http', 'https') or not parts.hostname: raise BadValue(f'url: http://HOST:PORT, got {url!r}')
@@ -33,6 +35,7 @@ class Client:
 
     def __repr__(self): return f'Client({self.url!r})'
 
+    @checked
     def predict(self, x, k: int = 5):
         """`{label: probability}` of the `k` best labels, best first, for a path, bytes, binary file or Pillow image; a list gives a list.
 

@@ -44,9 +44,9 @@ class Ensemble:
     `.get_preds(ds_idx=1, dl=None)`, `.predict(item)` as a Learner has them, `.probabilities(items)`; `.evaluate()` compares it with its members;
     `.as_learner()`, `.to_onnx(path)` and `ship(ensemble, dir)` for members that are networks on the same pixels. Raises `ValueError`: fewer than two members, other
     classes, an unknown kind, members that were trained on images that the ensemble is measured on."""
+    @checked
     def __init__(self, members: Sequence, kind: Kind = 'average', *, weights: Sequence[float] | None = None, dls: DataLoaders | None = None,
                  names: Sequence[str] | None = None, flip: bool = False):
-        if isinstance(members, str) or not isinstance(members, Sequence): raise BadValue(f'members: a list of them, Ensemble([a, b]), got {type(members).__name__}')
         check_kind(kind)
         self.members, self.kind, self.flip = [member_of(o) for o in members], kind, flip
         if len(self.members) < (1 if flip else 2): raise BadValue(f'members: at least 2, got {len(self.members)}')

@@ -23,6 +23,8 @@ from fastrecipes.repairs import with_own_memory
 
 __all__ = ['Exported', 'to_onnx', 'to_torch_export', 'to_torchscript']
 
+ENDINGS = dict(to_onnx=('.onnx',), to_torch_export=('.pt2',), to_torchscript=('.pt', '.pth', '.ts'))        # as torch's own pages have them
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -54,6 +56,13 @@ class Exported:
         return str(torch.export.load(self.path).graph_module.code) if self.format == 'torch.export' else str(_loaded(self.path).inlined_graph)
 
 
+def _check_path(path, who: str):
+    check_file(path, who)
+    path = Path(path)
+    for other, endings in ENDINGS.items():
+        if other != who and path.suffix in endings: raise BadValue(f'{who}: {path.name} has the ending of what {other} writes; name it {path.with_suffix(ENDINGS[who][0]).name}')
+
+
 @patch
 @checked
 def to_onnx(self: Learner, path: str, *, opset: int | None = None) -> Exported:
@@ -63,7 +72,7 @@ def to_onnx(self: Learner, path: str, *, opset: int | None = None) -> Exported:
     Labels and input are in the file's metadata; `opset` (18 to 25): torch's choice if None. The file is checked in full and answers, on every
     validation sample, as the Learner does in 32 bits, probabilities within 1e-4; else, and where torch cannot write the network, `ValueError`, and no file."""
     check_opset(opset, 'to_onnx')
-    check_file(path, 'to_onnx')
+    _check_path(path, 'to_onnx')
     entry = entry_of(self, 'to_onnx')
     if entry.module is None:
         if opset: raise BadValue(f'to_onnx: opset={opset}: a network in 8 bits is a graph already, in an opset of its own; leave opset off')
@@ -88,7 +97,7 @@ def to_torch_export(self: Learner, path: str) -> Exported:
 
     Inputs, output and parity as of `to_onnx`; labels and input are in the file's extra files, labels.json and input.json. Raises `ValueError`
     where torch cannot trace the network, or the program answers otherwise; no file is left then."""
-    check_file(path, 'to_torch_export')
+    _check_path(path, 'to_torch_export')
     entry = _float_entry(self, 'to_torch_export')
     try:
         with quiet_export(): program = export(entry.module, entry.example, dynamic_shapes=any_number(entry.module, entry.example))
@@ -109,7 +118,7 @@ def to_torchscript(self: Learner, path: str) -> Exported:
     Deprecated since torch 2.9, whose warning is silenced here: for what runs it already; else take `to_onnx` or `to_torch_export`. A branch that depends
     on the data is traced as it went: so the trace is compared with the network on one, two and five samples, and with the Learner on the
     validation set. Inputs, output and errors as of `to_torch_export`."""
-    check_file(path, 'to_torchscript')
+    _check_path(path, 'to_torchscript')
     entry = _float_entry(self, 'to_torchscript')
     others = [tuple(torch.cat([x]*3)[:n] for x in entry.example) for n in (1, 5)]
     try:

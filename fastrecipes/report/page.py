@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
-from fastrecipes.files import whole
+from fastrecipes.files import in_bytes, whole
 from fastrecipes.report import plots
 from fastrecipes.report.intervals import Difference
 from fastrecipes.report.plots import field_of
@@ -73,7 +73,7 @@ def write_page(record: Report, path) -> Path:
     "Write `record` as one self-contained HTML file to `path` and return it."
     path = Path(path)
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= dict(arguments=_arguments, link=_link, size=_size, sig=_sig, thumbnail=_thumbnail, verdict=_verdict, options=_options,
+    env.filters |= dict(arguments=_arguments, link=_link, size=in_bytes, sig=_sig, thumbnail=_thumbnail, verdict=_verdict, options=_options,
                         words=lambda s: str(s).replace('_', ' '))
     html = env.get_template('template.html').render(
         r=record, headline=record.headline or _headline(record), tiles=_tiles(record), figures=_figures(record), facts=_facts(record.provenance),
@@ -115,7 +115,7 @@ def _tiles(record: Report) -> list[tuple[str, str, str]]:
         for name in ('accuracy', 'balanced_accuracy'):
             if e := field_of(row, name): tiles.append((name.replace('_', ' '), f'{100*e.value:.1f}\N{NO-BREAK SPACE}%', f'{100*e.lo:.1f}–{100*e.hi:.1f}'))
     if b := record.bundle:
-        if n := field_of(b, 'size_bytes'): tiles.append(('bundle', _size(n), 'to ship'))
+        if n := field_of(b, 'size_bytes'): tiles.append(('bundle', in_bytes(n), 'to ship'))
         if t := field_of(b, 'latency_ms'):
             eager = field_of(b, 'eager_latency_ms')
             tiles.append(('one image', f'{_sig(t)}\N{NO-BREAK SPACE}ms', f'{_sig(eager)} ms in torch' if eager else 'without torch'))
@@ -185,9 +185,6 @@ def _link(source: str) -> Markup | str:
     url = {'arXiv': f'https://arxiv.org/abs/{rest}', 'doi': f'https://doi.org/{rest}', 'http': source, 'https': source}.get(kind)
     if not url: return source
     return Markup('<a href="{}" rel="noreferrer">{}</a>').format(url, source.removeprefix('https://').removeprefix('http://'))
-
-
-def _size(n: int) -> str: return f'{n/1e6:.1f} MB' if n >= 1e5 else f'{n/1e3:.1f} kB'
 
 
 def _sig(x: float) -> str:

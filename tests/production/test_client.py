@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastrecipes.errors import BadValue, NotThere
+from fastrecipes.errors import BadName, BadValue, NotThere
 from fastrecipes.production import client as module
 from fastrecipes.production.client import Client, Unavailable
 
@@ -69,6 +69,11 @@ def test_a_refusal_is_raised_in_the_servers_words(url):
 def test_a_file_that_is_not_there_is_named(url):
     with pytest.raises(NotThere, match='none.png: no such file'): Client(url).predict('none.png')
     with pytest.raises(BadValue, match='got int'): Client(url).predict(3)
+
+
+def test_a_keyword_that_there_is_not_is_named(url):
+    with pytest.raises(BadName, match="^Client.predict: no argument 'kk'; did you mean 'k'"): Client(url).predict(b'no', kk=3)
+    with pytest.raises(BadName, match="^Client: no argument 'time_out'; did you mean 'timeout'"): Client(url, time_out=3)
 
 
 BUSY, GOOD = (503, 'Retry-After: 7\r\n', b'{"error": "busy"}'), (200, '', b'{"cat": 0.9}')

@@ -92,7 +92,7 @@ def by_hand(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def test_image_files_become_probabilities_in_a_process_without_fastai(learn, tmp_path, write):
     pixels = np.stack([np.asarray(fit_image(read_image(f), (16, 16))) for f in learn.dls.valid.items[:5]])
     expected = by_hand(learn.model, torch.from_numpy(pixels).permute(0, 3, 1, 2)/255).softmax(1)
-    file = write(learn, tmp_path/'m.pt2')
+    file = write(learn, tmp_path/'m.file')
     assert np.abs(answers(file, pixels) - expected.numpy()).max() < 1e-5 and file.inputs[0].endswith('(n, 16, 16, 3)') and 'uint8' in file.inputs[0]
     assert (file.agreement.n, file.agreement.same) == (21, 21) and file.agreement.max_diff < 1e-5 and file.size_bytes == file.path.stat().st_size
 
@@ -101,7 +101,7 @@ def test_image_files_become_probabilities_in_a_process_without_fastai(learn, tmp
 @pytest.mark.parametrize('kind, activation', [('images', partial(F.softmax, dim=1)), ('labels', torch.sigmoid), ('numbers', lambda x: x), ('masks', partial(F.softmax, dim=1))])
 def test_images_of_any_data_block_become_what_the_loss_makes_of_outputs(learners, tmp_path, write, kind, activation):
     learn = learners(kind)
-    file = write(learn, tmp_path/'m.pt2')
+    file = write(learn, tmp_path/'m.file')
     assert file.inputs == (f'images: float32 (n, 3, {32 if kind == "masks" else 16}, {32 if kind == "masks" else 16})',)
     assert file.output.startswith('predictions' if kind == 'numbers' else 'probabilities') and file.agreement.n == len(learn.dls.valid_ds)
     assert file.agreement.same == (None if kind == 'numbers' else file.agreement.n)
@@ -115,7 +115,7 @@ def test_images_of_any_data_block_become_what_the_loss_makes_of_outputs(learners
 @pytest.mark.parametrize('write', FORMATS)
 def test_a_table_takes_codes_and_numbers_in_their_own_units(learners, tmp_path, write):
     learn, df = learners('table'), table()
-    file = write(learn, tmp_path/'m.pt2')
+    file = write(learn, tmp_path/'m.file')
     train, rows = df.iloc[20:], df.iloc[:7]
     codes = np.stack([[1 + sorted(set(df[c])).index(v) for v in rows[c]] for c in ('colour', 'shape')], 1).astype(np.int64)       # 0 is for what training did not have
     numbers = rows[['weight', 'height']].to_numpy(np.float32)
@@ -140,7 +140,7 @@ def test_what_answers_otherwise_is_not_written_and_the_learner_stays(learners, l
     learn = learners('images') if kind == 'images' else learn
     learn.dls.valid.after_batch.add(Brighter())
     before, cbs, rng = dict(vars(learn)), list(learn.cbs), torch.get_rng_state()
-    with pytest.raises(BadValue, match=f'^{write.__name__}: the file does not answer as the Learner does.*0.0001 is allowed') as e: write(learn, tmp_path/'m.pt2')
+    with pytest.raises(BadValue, match=f'^{write.__name__}: the file does not answer as the Learner does.*0.0001 is allowed') as e: write(learn, tmp_path/'m.file')
     assert list(tmp_path.iterdir()) == [] and '\n' not in str(e.value)
     assert vars(learn) == before and list(learn.cbs) == cbs and torch.equal(rng, torch.get_rng_state())
 
@@ -203,7 +203,7 @@ def test_operators_are_counted_in_inner_graphs_too():
 
 def test_it_prints_what_it_is_and_the_whole_graph(learn, tmp_path):
     for write, conv, softmax in ((to_onnx, 'Conv', 'Softmax'), (to_torch_export, 'aten.conv2d', 'aten.softmax.int'), (to_torchscript, 'aten::_convolution', 'aten::softmax')):
-        file = write(learn, tmp_path/'m.pt2')
+        file = write(learn, tmp_path/'m.file')
         assert file.ops[conv] == file.ops[softmax] == 1 and f'1 {conv}' in str(file) and conv.split('.')[-1].lower() in file.text().lower() and len(file.text()) < 20_000
         assert 'the same answer on 21 of 21' in str(file) and len(str(file).splitlines()) == 5
     assert onnx.load(to_onnx(learn, tmp_path/'m.onnx')).graph.node[0].op_type in to_onnx(learn, tmp_path/'m.onnx').text()
@@ -271,6 +271,8 @@ def test_where_no_file_can_be_is_said_before_any_work(make_learn, tmp_path, writ
     with pytest.raises(BadValue, match=f'^{name}: .* cannot be written, for .*file is a file'): write(learn, tmp_path/'file'/'net')
     with pytest.raises(BadValue, match=f'^{name}: path must be text, got 5'): write(learn, 5)
     with pytest.raises(TypeError, match=f"^{name}: no argument 'pth'"): write(learn, pth='a')
+    other, own = ('net.pt', 'net.onnx') if name == 'to_onnx' else ('net.onnx', 'net.pt2' if name == 'to_torch_export' else 'net.pt')
+    with pytest.raises(BadValue, match=f'^{name}: {other} has the ending of what .* writes; name it {own}$'): write(learn, tmp_path/other)
 
 
 def test_outputs_of_another_number_than_classes_are_one_sentence(make_learn, tmp_path):
