@@ -58,6 +58,7 @@ from fastrecipes.production.stacking import *
 from fastrecipes.production.tta import *
 from fastrecipes.production.voting import *
 from fastrecipes.randomness import *
+from fastrecipes.recipes.ablate import *
 from fastrecipes.recipes.classify import *
 from fastrecipes.recipes.compress import *
 from fastrecipes.recipes.ensemble import *

@@ -21,6 +21,7 @@ COMMANDS = {
     'pipeline': 'fastrecipes.recipes.pipeline:pipeline',
     'image-classifier': 'fastrecipes.recipes.classify:image_classifier',
     'cross-validate': 'fastrecipes.recipes.validate:cross_validate',
+    'ablate': 'fastrecipes.recipes.ablate:ablate',
     'noisy-student': 'fastrecipes.recipes.self_training:noisy_student',
     'ensemble': 'fastrecipes.recipes.ensemble:ensemble',
     'compress': 'fastrecipes.recipes.compress:compress',

@@ -75,15 +75,20 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
                          near_duplicates=near_duplicates, resize=resize, seed=seed, workers=workers)
     with RunFolder.open('image-classifier', asked, out, overwrite, defaults=image_classifier).under_way() if out else nullcontext() as run:
         if run: run.note_data(dls)
-        learn = lines_unless_terminal(classifier(dls, net, metrics=[accuracy, BalancedAccuracy()]), arch)
-        keyed(learn, seed)
-        for t, arguments in todo: t.f(learn, **arguments)
-
+        learn = made(dls, arch, net, seed, todo)
         train(learn, epochs, lr, schedule, pretrained or weights is not None)
 
         if run:
             scored = score(learn)
             keep_run(run, learn, gather(learn, run, scored, f'{arch} on {path}', table=[Row.of(arch, scored)]))
+    return learn
+
+
+def made(dls, arch: str, net, seed: int, todo) -> Learner:
+    "The Learner before it is trained: `net` with a new head, its draws keyed by `seed`, the techniques of the plan `todo` applied."
+    learn = lines_unless_terminal(classifier(dls, net, metrics=[accuracy, BalancedAccuracy()]), arch)
+    keyed(learn, seed)
+    for t, arguments in todo: t.f(learn, **arguments)
     return learn
 
 

@@ -29,7 +29,7 @@ class Difference(Estimate):
     @property
     def resolved(self) -> bool: return self.lo > 0 or self.hi < 0
 
-    def __str__(self): return f'{_signed(self.value)} points ({_signed(self.lo)} to {_signed(self.hi)})'
+    def __str__(self): return f'{signed(self.value)} points ({signed(self.lo)} to {signed(self.hi)})'
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def difference(targets, preds_a, preds_b, metric: str = 'accuracy', seed: int = 
 def _percentiles(draws): return (float(q) for q in np.quantile(draws, [(1-LEVEL)/2, (1+LEVEL)/2]))
 
 
-def _signed(x: float) -> str: return f'{100*x:+.1f}'.replace('-', MINUS)
+def signed(x: float) -> str:
+    "A share in points: `+1.2`."
+    return f'{100*x:+.1f}'.replace('-', MINUS)
 
 
 def _checked(targets, preds):

@@ -12,8 +12,8 @@ from markupsafe import Markup
 from PIL import Image, ImageOps
 
 from fastrecipes.files import in_bytes, whole
-from fastrecipes.report import plots
-from fastrecipes.report.intervals import Difference
+from fastrecipes.report import effect_plots, plots
+from fastrecipes.report.intervals import Difference, signed
 from fastrecipes.report.plots import field_of
 
 __all__ = ['Report', 'write_page', 'SECTIONS']
@@ -21,6 +21,7 @@ __all__ = ['Report', 'write_page', 'SECTIONS']
 # What the page shows, in this order: the macro of sections.html, the heading, and when it is shown. A new section is a line here and a macro there.
 SECTIONS = (('result', 'Result', lambda r: r.table),
             ('folds', 'Fold by fold', lambda r: r.folds),
+            ('ablation', 'What each technique does', lambda r: r.ablation),
             ('run', 'What was run', lambda r: True),
             ('techniques', 'Techniques', lambda r: r.techniques),
             ('training', 'Training', lambda r: r.fits or r.lr_find or r.schedule),
@@ -56,6 +57,7 @@ class Report:
                                                 # the baseline first, then the recipe, then the bundle; or one row
     difference: dict | None = None              # {'accuracy': Difference, …}, of the second row minus the first
     folds: list = field(default_factory=list)   # [dict(number, n_train, n, accuracy, balanced_accuracy, log_loss, seconds)] of a cross-validation
+    ablation: object = None                     # what `ablate` found: its `Ablation`
     techniques: list = field(default_factory=list)  # [dict(name, arguments: dict, effect: str | None, summary, source)] as applied
     fits: list = field(default_factory=list)    # [dict(name, columns: [str], rows: [[float]])], a row an epoch, one fit after another
     lr_find: dict | None = None                 # lrs: [float], losses: [float], suggestion: float
@@ -73,7 +75,7 @@ def write_page(record: Report, path) -> Path:
     "Write `record` as one self-contained HTML file to `path` and return it."
     path = Path(path)
     env = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    env.filters |= dict(arguments=_arguments, link=_link, size=in_bytes, sig=_sig, thumbnail=_thumbnail, verdict=_verdict, options=_options,
+    env.filters |= dict(arguments=_arguments, link=_link, size=in_bytes, sig=_sig, thumbnail=_thumbnail, verdict=_verdict, options=_options, points=signed,
                         words=lambda s: str(s).replace('_', ' '))
     html = env.get_template('template.html').render(
         r=record, headline=record.headline or _headline(record), tiles=_tiles(record), figures=_figures(record), facts=_facts(record.provenance),
@@ -142,6 +144,12 @@ def _figures(record: Report) -> dict[str, tuple[Markup, str]]:
         matrix, labels = record.confusion
         right, n = sum(int(matrix[i][i]) for i in range(len(labels))), sum(int(k) for row in matrix for k in row)
         add('confusion', plots.confusion(matrix, labels), f'Confusion matrix of {len(labels)} classes; {right} of {n} on the diagonal')
+    if (a := record.ablation) and a.findings:
+        told = '; '.join(f'{f.comparison.technique} {f.comparison.where}: {f.effects["accuracy"]}' for f in a.findings)
+        add('forest', effect_plots.forest(a.findings), f'Effects and 95 % intervals: {told}')
+        times = '; '.join(f'{f.comparison.technique}: ×{f.times:.2f}' for f in a.findings if f.comparison.where == 'alone')
+        add('worth', effect_plots.worth(a.findings), f'Gain against training time: {times}')
+        add('curves', effect_plots.curves(a.curves), 'Validation accuracy by epoch, the mean over seeds, of ' + ', '.join(a.curves))
     if record.compression:
         stages = [s for s in field_of(record.compression, 'stages') if field_of(s, 'size_bytes')]
         targets = field_of(record.compression, 'targets')

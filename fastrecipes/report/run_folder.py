@@ -23,8 +23,8 @@ __all__ = ['RunFolder', 'load_run', 'command_line']
 
 RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, CHECKPOINT, LOCK = ('recipe.yaml', 'provenance.json', 'learner.pkl', 'compressed.json',
                                                                          'compressed.onnx', 'checkpoint', '.lock')
-OURS = (RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, 'history.csv', 'predictions.csv', 'report.html', f'{CHECKPOINT}/*.pt', f'{CHECKPOINT}/fold-*/*.pt',    # all that
-        'bundle/model.onnx', 'bundle/bundle.json', 'bundle/requirements.txt', 'bundle/serve.pyz', 'bundle/Dockerfile')           # overwrite removes
+OURS = (RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, 'history.csv', 'predictions.csv', 'effects.csv', 'runs/*.npz', 'report.html', f'{CHECKPOINT}/*.pt',       # all that
+        f'{CHECKPOINT}/fold-*/*.pt', *(f'bundle/{n}' for n in ('model.onnx', 'bundle.json', 'requirements.txt', 'serve.pyz', 'Dockerfile')))                # overwrite removes
 PACKAGES = ('torch', 'torchvision', 'fastai', 'timm', 'onnxruntime', 'onnx', 'numpy', 'pillow')
 POSITIONAL = ('path', 'unlabelled', 'learn', 'run', 'bundle')
 
@@ -134,8 +134,9 @@ def _word(v) -> str: return v if isinstance(v, str) else json.dumps(v, ensure_as
 
 
 def _plain_arguments(arguments: Mapping) -> dict:
-    flat = {k: v for k, v in arguments.items() if k not in ('out', 'overwrite', 'techniques')}
-    return _plain(flat | dict(arguments.get('techniques') or {}))
+    flat = {k: v for k, v in arguments.items() if k not in ('out', 'overwrite')}
+    if isinstance(flat.get('techniques'), Mapping): flat |= flat.pop('techniques')      # what `**techniques` took; `ablate` has names by this name
+    return _plain(flat)
 
 
 def _plain(v):

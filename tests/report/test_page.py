@@ -9,6 +9,9 @@ from PIL import Image
 
 from fastrecipes.report import plots
 from fastrecipes.report.intervals import Difference, Estimate
+from fastrecipes.recipes.ablate import Ablation
+from fastrecipes.recipes.arms import METRICS, Arm, Finding, Outcome, comparisons
+from fastrecipes.report.effects import Effect, Verdict
 from fastrecipes.report.page import SECTIONS, Report, write_page
 
 EVIL = '<script>alert("1")</script>'
@@ -47,6 +50,16 @@ def row(name, value, **more):
     return dict(name=name, accuracy=Estimate(value, value-.02, value+.02, 400), balanced_accuracy=Estimate(value-.1, value-.2, value), **more)
 
 
+def ablated(name):
+    "What `ablate` found of two techniques, one of which helps."
+    effects = {m: Effect(.05, .01, .09, 400, 5, .02, 4., .03) for m in METRICS}
+    words = [Verdict('helped', 'helped'), Verdict('no difference', 'no difference larger than 0.4 points'), Verdict('hurt', 'hurt'), Verdict('not resolved', name)]
+    found = [Finding(c, effects, effects['accuracy'], v, 1.2, 3.) for c, v in zip(comparisons(['mixup', name]), words)]
+    command = f'fastrecipes image-classifier {name} --mixup true'
+    return Ablation(None, ['mixup', name], found, Estimate(.9, .8, .95, 400), ['mixup'], effects['accuracy'], command, {(name, 'alone'): name},
+                    {(Arm(), 0): Outcome(None, None, 1., curve=(.5, .6))})
+
+
 def full(name='cat', bs=3):
     "Every field, with `name` wherever a user names something."
     cols = ['train_loss', 'valid_loss', 'accuracy']
@@ -67,7 +80,7 @@ def full(name='cat', bs=3):
             dict(name='cut', kept=False, reason=f'{name} failed'),
             dict(name='half', kept=False, reason='too much', proof=name, valid=Estimate(.8, .7, .85, 400), size_bytes=1000, latency_ms=1.)]),
         bundle=dict(path=name, size_bytes=13_400_000, parity=dict(n=840, max_diff=3.2e-7), latency_ms=2., eager_latency_ms=9.),
-        provenance=dict(seed=42, versions=dict(torch='2.15.0', timm=None), platform=name))
+        ablation=ablated(name), provenance=dict(seed=42, versions=dict(torch='2.15.0', timm=None), platform=name))
 
 
 def test_the_headline_gives_the_recipe_and_what_it_gained(tmp_path):
@@ -99,8 +112,15 @@ def test_the_full_report_has_every_section_and_an_alt_for_every_picture(tmp_path
     p = page(tmp_path, **full())
     assert [a['id'] for t, a in p.tags if t == 'section'] == [name for name, *_ in SECTIONS]
     assert all(a.get('alt') for t, a in p.tags if t == 'img')
-    assert sum(t == 'svg' for t, _ in p.tags) == sum(a.get('role') == 'img' and bool(a.get('aria-label')) for _, a in p.tags) == 8
+    assert sum(t == 'svg' for t, _ in p.tags) == sum(a.get('role') == 'img' and bool(a.get('aria-label')) for _, a in p.tags) == 11
     assert [a for t, a in p.tags if t == 'html'] == [{'lang': 'en'}] and sum(t == 'h1' for t, _ in p.tags) == 1
+
+
+def test_an_ablation_is_told_with_its_verdicts_and_what_to_do(tmp_path):
+    text = page(tmp_path, ablation=ablated('cat')).text
+    for said in ('mixup alone helped', 'cat alone no difference larger than 0.4 points; cat', 'mixup in the set hurt', '+5.0 (+1.0 to +9.0)', '×1.20', '+3 MB', '−0.050',
+                 'Without any of them: 90.0 % (80.0–95.0)', 'chosen on the validation images: mixup: +5.0 points (+1.0 to +9.0) over the baseline', '--mixup true'):
+        assert said in text, said
 
 
 def test_shares_of_each_class_by_split(tmp_path):

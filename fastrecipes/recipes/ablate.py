@@ -1,0 +1,271 @@
+"Which techniques help on your own data: each trained with and without, several seeds, the difference with its interval, and a verdict."
+import math
+import os
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
+from pathlib import Path
+
+import torch
+from fastai.basics import Learner
+from fastprogress.fastprogress import format_time
+
+from fastrecipes.arguments import checked
+from fastrecipes.data.folders import Found, NearDuplicates, check_loaders, found_in, loaders_of
+from fastrecipes.data.pixels import Resize
+from fastrecipes.data.splits import check_shares, split
+from fastrecipes.errors import BadValue
+from fastrecipes.randomness import key_of
+from fastrecipes.recipes.ablating import Kept, Training, pool_of
+from fastrecipes.recipes.arms import METRICS, Arm, Comparison, Finding, arms, chosen, comparisons, effect, findings, named
+from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe, image_classifier, made
+from fastrecipes.report.effects import Effect, crossed
+from fastrecipes.report.intervals import Estimate
+from fastrecipes.report.page import Report, write_page
+from fastrecipes.report.run_folder import RunFolder, command_line
+from fastrecipes.technique import discover, plan
+from fastrecipes.training.distributed import one_process
+from fastrecipes.training.finders import find_lr
+from fastrecipes.training.reproducibility import seed_everything
+from fastrecipes.training.resume import remember
+from fastrecipes.training.transfer import backbone
+
+__all__ = ['Ablation', 'ablate']
+
+
+@dataclass
+class Ablation:
+    """What `ablate` found: `.findings`, two for each technique; `.recommended`, those that help on the validation images, with `.gain` on the test images over
+    the baseline (None: not trained together, or none helps) and `.command` that trains with them. `.stopped`: technique and place → why it was given up.
+    `.runs`: (techniques that were on, number of the seed) → `Outcome`. Printed, it is a table."""
+    path: Path | None
+    names: list[str]
+    findings: list[Finding]
+    baseline: Estimate
+    recommended: list[str]
+    gain: Effect | None
+    command: str | None
+    stopped: dict[tuple[str, str], str]
+    runs: dict = field(repr=False)
+
+    def __str__(self):
+        rows = [('technique', 'where', 'accuracy', 'log loss', 'time', 'verdict')]
+        for f in self.findings:
+            why = self.stopped.get((f.comparison.technique, f.comparison.where))
+            rows.append((f.comparison.technique, f.comparison.where, str(f.effects['accuracy']), f'{-f.effects["log_loss"].value:+.3f}'.replace('-', '−'),
+                         f'×{f.times:.2f}', str(f.verdict) + (f' ({why})' if why else '')))
+        width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+        lines = ['  '.join(c.ljust(w) for c, w in zip(row, width)).rstrip() for row in rows]
+        return '\n'.join(['', f'baseline: {self.baseline}', *lines, '', self.advice, *([self.command] if self.command else []),
+                          *(['', f'report: {self.path/"report.html"}'] if self.path else [])])
+
+    @property
+    def curves(self) -> dict[str, list]:
+        "The course of the accuracy on the validation images over the epochs, run by run, of the single techniques, of all, and of the baseline."
+        shown = [*map(Arm, zip(self.names)), Arm(self.names), Arm()]
+        return {named(arm, self.names): [o.curve for (a, _), o in self.runs.items() if a == arm and o.curve] for arm in dict.fromkeys(shown)}
+
+    @property
+    def headline(self) -> str:
+        by = {w: sorted({f.comparison.technique for f in self.findings if f.verdict.word == w}) for w in ('helped', 'hurt')}
+        told = [f'{", ".join(names)} {word}' for word, names in by.items() if names]
+        return f'{"; ".join(told)}.' if told else f'Nothing is resolved of {len(self.names)} techniques.'
+
+    @property
+    def advice(self) -> str:
+        if not self.recommended: return 'recommended: the baseline; nothing that was tried helps on the validation images'
+        told = f': {self.gain} over the baseline' if self.gain else ''
+        return f'recommended, chosen on the validation images: {", ".join(self.recommended)}{told}'
+
+
+@dataclass(frozen=True)
+class FolderRecipe:
+    "`image_classifier` on images that were found and split before: of one split, so that seeds vary weights, order and draws."
+    found: Found
+    sides: list[str]
+    loaders: dict
+    fit: dict
+    always: dict
+
+    def __call__(self, seed: int, **techniques) -> Learner:
+        return image_classifier(self._loaders(seed), seed=seed, **self.fit, **{**self.always, **techniques})
+
+    def rate(self, seed: int, techniques: dict) -> float:
+        "The learning rate that a run with these techniques would find."
+        seed_everything(seed)
+        net = backbone(self.fit['arch'], self.fit['pretrained'])
+        return find_lr(made(self._loaders(seed), self.fit['arch'], net, seed, plan({**USUAL, **self.always, **techniques}))).lr
+
+    def _loaders(self, seed: int): return loaders_of(self.found, self.sides, seed=seed, workers=0, **self.loaders)
+
+
+@partial(checked, techniques=discover)
+def ablate(path, *, techniques: list[str] | str | dict, arch: str = 'resnet18', seeds: int = 5, minutes: float | None = None, matters: float = 1., alone: bool = False,
+           processes: int | None = None, ray: bool = False, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, valid: float = .2, test: float = .2,
+           groups: str | None = None, near_duplicates: NearDuplicates = 'warn', resize: Resize = 'crop', pretrained: bool = True, schedule: Schedule = 'flat_cos',
+           seed: int = 42, out: str | None = None, overwrite: bool = False, **settings) -> Ablation:
+    """Tell which techniques help on your own data: train with and without each, with several seeds, and judge the differences.
+
+    Each technique is added alone to the baseline, and taken alone from all of them. Runs of one seed share split, weights, order and draws. An effect is the mean
+    difference in accuracy points on the test images, with a 95 % interval over seeds and images. The verdict allows for how many are told at once: 'helped', 'hurt', 'no
+    difference larger than x', or how many more seeds would resolve it. Those that help on the validation images are recommended; what they gain together is told by the
+    test images. The rest of `image_classifier`'s techniques are on or off in all runs, and arguments are set, by keyword: `mixup=.2`.
+    Where `minutes` run short, the least promising by the validation images are given up first. A finished run is kept: the same call goes on.
+    Raises as `image_classifier` does, and where two of the techniques do not go together.
+
+    Args:
+        path: the folder of images, one sub-folder a class; or a function `recipe(seed=…, **techniques)` that trains and returns a classifier's Learner
+        techniques: their names, such as mixup,ema,label_smoothing; in Python a list, or a dict of names and arguments
+        arch: any network of timm or torchvision
+        seeds: trainings of each kind, 2 or more; verdicts take 3
+        minutes: the most that all runs may take
+        matters: the smallest difference worth knowing, in points of accuracy
+        alone: leave out the full set and the full set minus each
+        processes: runs at a time on this machine (default: one a core, one on a GPU)
+        ray: do the runs on the Ray cluster of RAY_ADDRESS, or on one of this machine
+        epochs: passes over the training data, at least 1
+        lr: the highest learning rate; 'find': found once, for the baseline, and used by all
+        size: width and height of the images, in px
+        bs: images a batch
+        valid: share of each class to choose by, 0 to 1
+        test: share of each class to report on, 0 to 1
+        groups: a regular expression that finds in a file's name who or what is in the picture; no group lies on two sides
+        near_duplicates: together keeps pictures that look the same on one side; warn only tells of them
+        resize: how images get their size: crop, squish or pad
+        pretrained: start from trained weights
+        schedule: how the rate moves: constant, step, decay, cos, flat_cos, sgdr (warm restarts) or one_cycle
+        seed: of the split, and of the seeds
+        out: the run folder; what was cut off there goes on
+        overwrite: replace the run in that folder
+    """
+    asked = {k: v for k, v in locals().items() if k not in ('settings', 'processes', 'ray')} | settings
+    names, switched, always = _switched(techniques, settings)
+    asked |= dict(techniques=','.join(names)) | {n: on for n, on in switched.items() if on is not True and on != USUAL.get(n)}
+    plan({**(USUAL if not callable(path) else {}), **always, **switched})
+    if seeds < 2: raise BadValue(f'seeds: at least 2, got {seeds}')
+    for name, value in dict(minutes=minutes, matters=matters).items():
+        if value is not None and not value > 0: raise BadValue(f'{name}: more than 0, got {value:g}')
+    if processes is not None and processes < 1: raise BadValue(f'processes: at least 1, got {processes}')
+    of = comparisons(names, alone)
+    own_seeds = tuple(key_of(seed, 'ablation', i) % 2**32 for i in range(seeds))
+    one_process('ablate')
+    if not callable(path):
+        check_recipe(path, arch, epochs, lr, schedule)
+        check_loaders(size, bs, resize)
+        check_shares(valid, test)
+        if not valid or not test: raise BadValue(f'{"test" if valid else "valid"}: ablate chooses by validation images and reports on test images; hold some out of both')
+        backbone(arch, pretrained)              # weights that cannot be fetched: say so before any data are read
+    with RunFolder.open('ablate', asked, out, overwrite, defaults=ablate).under_way() if out else nullcontext() as run:
+        kept = Kept(run and run.path/'runs', names)
+        recipe, holdings = path, None
+        if not callable(path):
+            found = found_in(path, None, groups, near_duplicates)
+            sides = found.sides if all(found.sides) else split(found.keys, found.labels, valid, test, seed)
+            fit = dict(arch=arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule)
+            recipe = FolderRecipe(found, list(sides), dict(size=size, bs=bs, resize=resize), fit, dict(cache=True) | always)
+            if lr == 'find': recipe.fit['lr'] = remember('learning rate', lambda: recipe.rate(own_seeds[0], dict.fromkeys(names, False)))
+            holdings = found.holdings(list(sides))
+        pool = pool_of(processes or _cores(callable(path)), ray)
+        try:
+            train = Training(recipe, switched, own_seeds)
+            stopped = _all_runs(kept, of, seeds, minutes, pool, train, names)
+            told = findings(kept.runs, of, matters/100)
+            best = chosen(told)
+            if best and best not in arms(of): _run(kept, [(best, i) for i in range(max(f.valid.seeds for f in told))], pool, train, names)
+        finally: pool.close()
+        result = _result(run, kept, names, told, best, stopped, None if callable(path) else _command(asked, names, switched, always, best))
+        if run:
+            run.write_csv('effects.csv', _rows(result))
+            write_page(_report(run, result, holdings), run.path/'report.html')
+            run.finish()
+    return result
+
+
+def _switched(techniques, settings: dict) -> tuple[list[str], dict, dict]:
+    "The names to tell about, what switches each on, and what is on or off in all runs."
+    asked = dict(techniques) if isinstance(techniques, Mapping) else dict.fromkeys([n.strip() for n in techniques.split(',')] if isinstance(techniques, str) else techniques, True)
+    asked.pop('', None)
+    if not asked: raise BadValue('techniques: name at least one, such as mixup; `fastrecipes ls` lists them')
+    switched = {n: settings.get(n, USUAL.get(n, True) if on is True else on) for n, on in asked.items()}
+    if off := [n for n, on in switched.items() if on is False or on is None]: raise BadValue(f'techniques: {off[0]} is to be told about and is switched off; leave it out')
+    return list(asked), switched, {n: on for n, on in settings.items() if n not in asked}
+
+
+def _cores(own_recipe: bool) -> int:
+    "Runs at a time: one a core; one on a GPU, and of a function of the user's, which may not bear company."
+    return 1 if own_recipe or torch.cuda.is_available() else os.cpu_count() or 1
+
+
+def _all_runs(kept: Kept, of: list[Comparison], seeds: int, minutes: float | None, pool, train: Training, names) -> dict[tuple[str, str], str]:
+    "Seed by seed, every arm that a live comparison needs; which were given up, and why."
+    clock, live, stopped = _Clock(minutes, pool.width), list(of), {}
+    for i in range(seeds):
+        if i > 1:
+            while len(live) > 1 and not clock.room_for((len(arms(live))+1)*(seeds-i)):
+                worst = min(live, key=lambda c: _promise(kept.runs, c))
+                live.remove(worst)
+                stopped[worst.technique, worst.where] = f'given up after {i} seeds, for want of time'
+        _run(kept, [(arm, i) for arm in arms(live)], pool, train, names, clock)
+    return stopped
+
+
+def _promise(runs, c: Comparison) -> float:
+    "How much the technique may help, by the validation images: the upper end of what is likely."
+    e = effect(runs, c.having, c.lacking, side='valid')
+    return math.inf if e is None else e.value + e.se
+
+
+class _Clock:
+    "What time is left, and whether so many more runs fit into it, by what those before took."
+    def __init__(self, minutes: float | None, width: int): self.end, self.width, self.since, self.done = minutes and time.monotonic() + 60*minutes, width, time.monotonic(), 0
+    @property
+    def each(self) -> float: return (time.monotonic()-self.since)/self.done if self.done else 0.
+    def room_for(self, runs: int) -> bool: return self.end is None or time.monotonic() + runs*self.each <= self.end
+    def left(self, runs: int) -> str: return f', about {format_time(runs*self.each)} for the rest of this seed' if runs and self.done else ''
+
+
+def _run(kept: Kept, jobs, pool, train: Training, names, clock: _Clock | None = None):
+    "Do those of `jobs` that are not done, while there is time."
+    todo = [job for job in jobs if job not in kept.runs]
+    def in_time():
+        for k, job in enumerate(todo):
+            if clock and not clock.room_for(1): return print(f'{len(todo)-k} runs of this seed are left out: the time is up', flush=True)
+            yield job
+    for k, (job, outcome) in enumerate(pool.run(train, in_time()), 1):
+        kept[job] = outcome
+        if clock: clock.done += 1
+        score = (outcome.test.predicted == outcome.test.targets).mean()
+        print(f'seed {job[1]+1}, {named(job[0], names)}: accuracy {score:.4f} in {outcome.seconds:.1f} s{clock.left(len(todo)-k) if clock else ""}', flush=True)
+
+
+def _result(run, kept: Kept, names, told: list[Finding], best: Arm, stopped, command: str | None) -> Ablation:
+    if not told: raise BadValue('minutes: not enough for one comparison; give more, or ask for less: smaller images, fewer epochs')
+    seeds = sorted(i for arm, i in kept.runs if not arm)
+    right = crossed([kept.runs[Arm(), i].test.predicted == kept.runs[Arm(), i].test.targets for i in seeds])
+    baseline = Estimate(right.value, max(0., right.lo), min(1., right.hi), right.n)
+    return Ablation(run and run.path, names, told, baseline, [n for n in names if n in best], effect(kept.runs, best, Arm()) if best else None, command, stopped, kept.runs)
+
+
+def _command(asked: dict, names, switched: dict, always: dict, best: Arm) -> str:
+    "What trains with the recommended techniques: `image_classifier`, told what it does not do by itself."
+    usual = {k: p.default for k, p in signature(image_classifier).parameters.items()} | USUAL
+    wanted = {k: v for k, v in asked.items() if k in usual and k not in ('techniques', 'out', 'overwrite')} | always | {n: switched[n] if n in best else False for n in names}
+    return command_line('image-classifier', {k: v for k, v in wanted.items() if v != usual.get(k, False)})
+
+
+def _rows(result: Ablation) -> list[dict]:
+    "effects.csv: a row for each comparison and metric."
+    return [dict(technique=f.comparison.technique, where=f.comparison.where, side=side, metric=metric, effect=e.value, low=e.lo, high=e.hi, p=e.p, seeds=e.seeds, images=e.n,
+                 verdict=f.verdict.why if (side, metric) == ('test', 'accuracy') else '', times=f.times, mb=f.mb)
+            for f in result.findings for side, metric, e in [*(('test', m, f.effects[m]) for m in METRICS), ('validation', 'accuracy', f.valid)]]
+
+
+def _report(run, result: Ablation, holdings) -> Report:
+    "The page: what was found, the forest of effects, cost against gain, how the arms learned."
+    arch = run.arguments['arch']
+    data = dict(path=str(run.arguments['path']), classes=[], set_aside=[], duplicates=0, notes=[])
+    if holdings: data |= dict(set_aside=[dict(path=p, reason=r) for p, r in holdings.set_aside], duplicates=holdings.duplicates, notes=holdings.notes)
+    return Report(f'{arch}: {len(result.names)} techniques', run.command, data, headline=result.headline, ablation=result, provenance=run.provenance)

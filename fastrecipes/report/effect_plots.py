@@ -1,0 +1,71 @@
+"Figures of an ablation: what each technique does, what it costs, how the arms learned."
+import numpy as np
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from fastrecipes.report.plots import INK, LINE, SERIES, SOFT, STYLES, _legend, _short, _svg
+
+__all__ = ['forest', 'worth', 'curves']
+
+WHERE = {'alone': ('o', SERIES[0]), 'in the set': ('s', SERIES[1])}
+
+
+def forest(findings) -> str:
+    "The effect of each technique in accuracy points with its 95 % interval, alone and in the set; filled where it is resolved among all of them."
+    names = list(dict.fromkeys(f.comparison.technique for f in findings))
+
+    def draw(ax):
+        ax.axvline(0, color=SOFT, lw=1)
+        for where, (mark, colour) in WHERE.items():
+            mine = [f for f in findings if f.comparison.where == where]
+            for k, f in enumerate(mine):
+                e, y = f.effects['accuracy'], names.index(f.comparison.technique) + (.14 if where != 'alone' else -.14)
+                if np.isfinite(e.lo): ax.plot([100*e.lo, 100*e.hi], [y, y], color=colour, lw=3, solid_capstyle='round', alpha=.45)
+                resolved = f.verdict.word in ('helped', 'hurt')
+                ax.plot([100*e.value], [y], mark, color=colour, ms=6, mfc=colour if resolved else 'none', label=where if k == 0 else None)
+        ax.set_yticks(range(len(names)), [_short(n) for n in names], fontsize=11)
+        ax.tick_params(axis='y', labelcolor=INK)
+        ax.set(ylim=(len(names)-.4, -.6), xlabel='points of accuracy on the test images')
+        ax.grid(False, axis='y')
+        ax.spines['left'].set_visible(False)
+        ax.xaxis.set_major_locator(MaxNLocator(6))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:+g}'.replace('-', '−') if v else '0'))
+        _legend(ax, 36)
+    return _svg(draw, (5.3, 1+.5*len(names)))
+
+
+def worth(findings) -> str:
+    "What each technique gains, alone, against how many times as long a training takes."
+    mine = [f for f in findings if f.comparison.where == 'alone']
+
+    def draw(ax):
+        ax.axhline(0, color=SOFT, lw=1)
+        ax.axvline(1, color=SOFT, lw=1, ls=':')
+        ys = [100*f.effects['accuracy'].value for f in mine]
+        gap = .045*(max(ys)-min(ys) or 1)
+        taken = []
+        for f, y in sorted(zip(mine, ys), key=lambda o: o[1]):
+            ax.plot([f.times], [y], 'o', color=SERIES[0], ms=6)
+            at = max([y, *(t+gap for t, x in taken if abs(np.log(x/f.times)) < .25)])        # names that would lie on each other move up
+            taken.append((at, f.times))
+            ax.annotate(_short(f.comparison.technique), (f.times, at), (7, 0), textcoords='offset points', va='center', fontsize=9, color=INK)
+        ax.set(xlabel='training time, times the baseline’s', ylabel='points of accuracy')
+        ax.margins(x=.28, y=.12)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:.3g}'))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:+g}'.replace('-', '−') if v else '0'))
+    return _svg(draw)
+
+
+def curves(by_arm: dict[str, list[list[float]]]) -> str | None:
+    "Accuracy on the validation images by epoch, the mean over seeds, of the arms that are named; the last is the baseline, in grey. None where an epoch is all there is."
+    means = {name: np.mean([c[:min(map(len, runs))] for c in runs], 0) for name, runs in by_arm.items() if runs and min(map(len, runs)) > 1}
+    if not means: return None
+
+    def draw(ax):
+        for i, (name, y) in enumerate(means.items()):
+            grey = name == 'baseline'
+            ax.plot(range(1, len(y)+1), 100*y, color=LINE if grey else SERIES[i % 4], ls=STYLES[i//4 % 4], lw=3 if grey else 1.6, marker='o' if len(y) < 25 else '', label=_short(name))
+        ax.set(xlabel='epoch', ylabel='validation accuracy, %')
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        _legend(ax, 36)
+    return _svg(draw, (5.3, 3.3+.16*(len(means)//2)))
