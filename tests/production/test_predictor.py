@@ -5,16 +5,21 @@ import json
 import shutil
 import subprocess
 import sys
+from base64 import b85decode
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from zlib import decompress
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from fastrecipes.errors import BadValue, NotThere
-from fastrecipes.production.predictor import Predictor
+from fastrecipes.production.predictor import PROBE, Graph, Predictor, overflows
 
 LABELS, INPUT = ['red', 'green', 'blue'], dict(size=[4, 2], resize='crop', mode='RGB', dtype='uint8', layout='NHWC')
 
@@ -155,3 +160,40 @@ print([m for m in sys.modules if m.split('.')[0] in ('torch', 'fastai', 'timm', 
     answer = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert answer.stdout.strip() == ("[] ['fastrecipes.data', 'fastrecipes.data.pixels', 'fastrecipes.errors', 'fastrecipes.production', "
                                      "'fastrecipes.production.predictor']"), answer.stderr
+
+
+def probe():
+    "What PROBE holds: all values are the largest that bytes hold, so that 16 bits cannot hold two products."
+    values = [numpy_helper.from_array(a, name) for name, a in (
+        ('w', np.full((8, 64, 1, 1), 127, np.int8)), ('m', np.full((4, 8), 127, np.int8)), ('s', np.float32(1/255)), ('o', np.float32(64*127/255/200)), ('z', np.uint8(0)),
+        ('zw', np.int8(0)))]
+    nodes = [helper.make_node('QLinearConv', ['x', 's', 'z', 'w', 's', 'zw', 'o', 'z'], ['conv']), helper.make_node('MatMulInteger', ['x', 'm'], ['product'])]
+    io = helper.make_tensor_value_info
+    graph = helper.make_graph(nodes, 'g', [io('x', TensorProto.UINT8, [1, 64, 4, 4])],
+                                   [io('conv', TensorProto.UINT8, [1, 8, 4, 4]), io('product', TensorProto.INT32, [1, 64, 4, 8])], values)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 13)], ir_version=8)
+
+
+def test_whether_sums_of_bytes_overflow_is_tried_out(monkeypatch):
+    assert onnx.load_from_string(decompress(b85decode(PROBE))) == probe()
+    flags = Path('/proc/cpuinfo')
+    words = set(flags.read_text().split()) if flags.exists() else set()
+    if words & {'avx512_vnni', 'avx_vnni'}: assert not overflows()
+    elif 'avx2' in words: assert overflows()
+    for said in (True, False):
+        monkeypatch.setattr('fastrecipes.production.predictor.overflows', lambda: said)
+        asked = []
+        class Options(ort.SessionOptions):
+            def add_session_config_entry(self, *entry): asked.append(entry)
+        monkeypatch.setattr(ort, 'SessionOptions', Options)
+        Graph(probe().SerializeToString())
+        monkeypatch.undo()
+        assert asked == ([('session.x64quantprecision', '1')] if said else [])
+
+
+def test_sums_that_overflow_are_told_from_exact_ones(monkeypatch):
+    overflows.cache_clear()
+    for conv, product, says in ((200, 4*255*127, False), (101, 4*255*127, True), (200, 2*32767, True)):
+        monkeypatch.setattr('onnxruntime.InferenceSession', lambda *a, **kw: SimpleNamespace(run=lambda *a: (np.full(8, conv), np.full(8, product))))
+        assert overflows() is says
+        overflows.cache_clear()
