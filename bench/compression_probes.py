@@ -134,7 +134,9 @@ def f8():
     calls, teacher, learn = [], fresh(seed=1), fresh()
     teacher.model.zero_grad()
     teacher.model.register_forward_hook(lambda *o: calls.append(torch.is_grad_enabled()))
-    learn.distill(teacher).fit(2, 1e-3)
+    learn.distill(teacher)                      # which asks it once, for what it has to teach
+    calls.clear()
+    learn.fit(2, 1e-3)
     grads = sum(p.grad is not None for m in (teacher.model, learn.distill_cb.teacher) for p in m.parameters())
     batches = 2*len(learn.dls.train)
     return expect(not grads and not any(calls) and len(calls) == batches, f'{grads} tensors with gradients; {len(calls)} passes, none of them recorded, in {batches} training batches')
