@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from fastai.basics import Learner
@@ -23,6 +24,7 @@ from fastrecipes.recipes.ablating import Kept, Training, pool_of
 from fastrecipes.recipes.arms import METRICS, Arm, Comparison, Finding, arms, chosen, comparisons, effect, findings, named
 from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe, image_classifier, made
 from fastrecipes.report.effects import Effect, crossed
+from fastrecipes.report.evidence import data_of
 from fastrecipes.report.intervals import Estimate
 from fastrecipes.report.page import Report, write_page
 from fastrecipes.report.run_folder import RunFolder, command_line
@@ -121,7 +123,7 @@ def ablate(path, *, techniques: list[str] | str | dict, arch: str = 'resnet18', 
         techniques: their names, such as mixup,ema,label_smoothing; in Python a list, or a dict of names and arguments
         arch: any network of timm or torchvision
         seeds: trainings of each kind, 2 or more; verdicts take 3
-        minutes: the most that all runs may take
+        minutes: the most that the runs of this call may take; those of an earlier one are not counted
         matters: the smallest difference worth knowing, in points of accuracy
         alone: leave out the full set and the full set minus each
         processes: runs at a time on this machine (default: one a core, one on a GPU)
@@ -168,13 +170,15 @@ def ablate(path, *, techniques: list[str] | str | dict, arch: str = 'resnet18', 
             recipe = FolderRecipe(found, list(sides), dict(size=size, bs=bs, resize=resize), fit, dict(cache=True) | always)
             if lr == 'find': recipe.fit['lr'] = remember('learning rate', lambda: recipe.rate(own_seeds[0], dict.fromkeys(names, False)))
             holdings = found.holdings(list(sides))
+            if run: run.note_data(SimpleNamespace(holdings=holdings))
         pool = pool_of(processes or _cores(callable(path)), ray)
         try:
             train = Training(recipe, switched, own_seeds)
-            stopped = _all_runs(kept, of, seeds, minutes, pool, train, names)
+            clock = _Clock(minutes)
+            stopped = _all_runs(kept, of, seeds, clock, pool, train, names)
             told = findings(kept.runs, of, matters/100)
             best = chosen(told)
-            if best and best not in arms(of): _run(kept, [(best, i) for i in range(max(f.valid.seeds for f in told))], pool, train, names)
+            if best and best not in arms(of): _run(kept, [(best, i) for i in range(max(f.valid.seeds for f in told))], pool, train, names, clock)
         finally: pool.close()
         result = _result(run, kept, names, told, best, stopped, None if callable(path) else _command(asked, names, switched, always, best))
         if run:
@@ -199,9 +203,9 @@ def _cores(own_recipe: bool) -> int:
     return 1 if own_recipe or torch.cuda.is_available() else os.cpu_count() or 1
 
 
-def _all_runs(kept: Kept, of: list[Comparison], seeds: int, minutes: float | None, pool, train: Training, names) -> dict[tuple[str, str], str]:
+def _all_runs(kept: Kept, of: list[Comparison], seeds: int, clock: '_Clock', pool, train: Training, names) -> dict[tuple[str, str], str]:
     "Seed by seed, every arm that a live comparison needs; which were given up, and why."
-    clock, live, stopped = _Clock(minutes, pool.width), list(of), {}
+    live, stopped = list(of), {}
     for i in range(seeds):
         if i > 1:
             while len(live) > 1 and not clock.room_for((len(arms(live))+1)*(seeds-i)):
@@ -220,25 +224,25 @@ def _promise(runs, c: Comparison) -> float:
 
 class _Clock:
     "What time is left, and whether so many more runs fit into it, by what those before took."
-    def __init__(self, minutes: float | None, width: int): self.end, self.width, self.since, self.done = minutes and time.monotonic() + 60*minutes, width, time.monotonic(), 0
+    def __init__(self, minutes: float | None): self.end, self.since, self.done = minutes and time.monotonic() + 60*minutes, time.monotonic(), 0
     @property
     def each(self) -> float: return (time.monotonic()-self.since)/self.done if self.done else 0.
     def room_for(self, runs: int) -> bool: return self.end is None or time.monotonic() + runs*self.each <= self.end
     def left(self, runs: int) -> str: return f', about {format_time(runs*self.each)} for the rest of this seed' if runs and self.done else ''
 
 
-def _run(kept: Kept, jobs, pool, train: Training, names, clock: _Clock | None = None):
+def _run(kept: Kept, jobs, pool, train: Training, names, clock: _Clock):
     "Do those of `jobs` that are not done, while there is time."
     todo = [job for job in jobs if job not in kept.runs]
     def in_time():
         for k, job in enumerate(todo):
-            if clock and not clock.room_for(1): return print(f'{len(todo)-k} runs of this seed are left out: the time is up', flush=True)
+            if not clock.room_for(1): return print(f'{len(todo)-k} runs of this seed are left out: the time is up', flush=True)
             yield job
     for k, (job, outcome) in enumerate(pool.run(train, in_time()), 1):
         kept[job] = outcome
-        if clock: clock.done += 1
+        clock.done += 1
         score = (outcome.test.predicted == outcome.test.targets).mean()
-        print(f'seed {job[1]+1}, {named(job[0], names)}: accuracy {score:.4f} in {outcome.seconds:.1f} s{clock.left(len(todo)-k) if clock else ""}', flush=True)
+        print(f'seed {job[1]+1}, {named(job[0], names)}: accuracy {score:.4f} in {outcome.seconds:.1f} s{clock.left(len(todo)-k)}', flush=True)
 
 
 def _result(run, kept: Kept, names, told: list[Finding], best: Arm, stopped, command: str | None) -> Ablation:
@@ -266,6 +270,5 @@ def _rows(result: Ablation) -> list[dict]:
 def _report(run, result: Ablation, holdings) -> Report:
     "The page: what was found, the forest of effects, cost against gain, how the arms learned."
     arch = run.arguments['arch']
-    data = dict(path=str(run.arguments['path']), classes=[], set_aside=[], duplicates=0, notes=[])
-    if holdings: data |= dict(set_aside=[dict(path=p, reason=r) for p, r in holdings.set_aside], duplicates=holdings.duplicates, notes=holdings.notes)
+    data = data_of(SimpleNamespace(holdings=holdings))
     return Report(f'{arch}: {len(result.names)} techniques', run.command, data, headline=result.headline, ablation=result, provenance=run.provenance)

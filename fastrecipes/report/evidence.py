@@ -63,7 +63,7 @@ def score(learn: Learner) -> Scored:
 def gather(learn: Learner, run, scored: Scored, title: str, **more) -> Report:
     "The `Report` on `learn`; `more` adds fields or replaces them."
     past = history(learn)
-    return Report(**dict(title=title, command=run.command, data=_data(learn.dls), techniques=_techniques(learn),
+    return Report(**dict(title=title, command=run.command, data=data_of(learn.dls), techniques=_techniques(learn),
                 fits=[dict(name=f['name'], columns=f['columns'], rows=f['rows']) for f in past.fits],
                 lr_find=past.found and dict(lrs=past.found.lrs, losses=past.found.losses, suggestion=past.found.lr),
                 schedule=[r for f in past.fits for r in f['rates']],
@@ -71,7 +71,8 @@ def gather(learn: Learner, run, scored: Scored, title: str, **more) -> Report:
                 mistakes=_mistakes(learn.dls, scored), provenance=run.provenance) | more)
 
 
-def _data(dls) -> dict:
+def data_of(dls) -> dict:
+    "What the report says of the data."
     h = getattr(dls, 'holdings', None)
     if h is None: return dict(path='(given as loaders)', classes=[], set_aside=[], duplicates=0, notes=[])
     return dict(path=h.path, classes=[dict(name=c, **n) for c, n in h.counts.items()],
