@@ -62,6 +62,7 @@ from fastrecipes.recipes.ablate import *
 from fastrecipes.recipes.classify import *
 from fastrecipes.recipes.compress import *
 from fastrecipes.recipes.ensemble import *
+from fastrecipes.recipes.learning_curve import *
 from fastrecipes.recipes.pipeline import *
 from fastrecipes.recipes.self_training import *
 from fastrecipes.recipes.serve import *

@@ -22,6 +22,7 @@ COMMANDS = {
     'image-classifier': 'fastrecipes.recipes.classify:image_classifier',
     'cross-validate': 'fastrecipes.recipes.validate:cross_validate',
     'ablate': 'fastrecipes.recipes.ablate:ablate',
+    'learning-curve': 'fastrecipes.recipes.learning_curve:learning_curve',
     'noisy-student': 'fastrecipes.recipes.self_training:noisy_student',
     'ensemble': 'fastrecipes.recipes.ensemble:ensemble',
     'compress': 'fastrecipes.recipes.compress:compress',

@@ -1,6 +1,5 @@
 "Which techniques help on your own data: each trained with and without, several seeds, the difference with its interval, and a verdict."
 import math
-import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -8,21 +7,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from types import SimpleNamespace
 
-import torch
-from fastai.basics import Learner
 from fastprogress.fastprogress import format_time
 
 from fastrecipes.arguments import checked
-from fastrecipes.data.folders import Found, NearDuplicates, check_loaders, found_in, loaders_of
+from fastrecipes.data.folders import NearDuplicates, check_loaders
 from fastrecipes.data.pixels import Resize
-from fastrecipes.data.splits import check_shares, split
+from fastrecipes.data.splits import check_shares
 from fastrecipes.errors import BadValue
 from fastrecipes.randomness import key_of
 from fastrecipes.recipes.ablating import Kept, Training, pool_of
 from fastrecipes.recipes.arms import METRICS, Arm, Comparison, Finding, arms, chosen, comparisons, effect, findings, named
-from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe, image_classifier, made
+from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe, image_classifier
+from fastrecipes.recipes.folder_recipe import FolderRecipe, cores
 from fastrecipes.report.effects import Effect, crossed
 from fastrecipes.report.evidence import data_of
 from fastrecipes.report.intervals import Estimate
@@ -30,9 +27,6 @@ from fastrecipes.report.page import Report, write_page
 from fastrecipes.report.run_folder import RunFolder, command_line
 from fastrecipes.technique import discover, plan
 from fastrecipes.training.distributed import one_process
-from fastrecipes.training.finders import find_lr
-from fastrecipes.training.reproducibility import seed_everything
-from fastrecipes.training.resume import remember
 from fastrecipes.training.transfer import backbone
 
 __all__ = ['Ablation', 'ablate']
@@ -81,27 +75,6 @@ class Ablation:
         if not self.recommended: return 'recommended: the baseline; nothing that was tried helps on the validation images'
         told = f': {self.gain} over the baseline' if self.gain else ''
         return f'recommended, chosen on the validation images: {", ".join(self.recommended)}{told}'
-
-
-@dataclass(frozen=True)
-class FolderRecipe:
-    "`image_classifier` on images that were found and split before: of one split, so that seeds vary weights, order and draws."
-    found: Found
-    sides: list[str]
-    loaders: dict
-    fit: dict
-    always: dict
-
-    def __call__(self, seed: int, **techniques) -> Learner:
-        return image_classifier(self._loaders(seed), seed=seed, **self.fit, **{**self.always, **techniques})
-
-    def rate(self, seed: int, techniques: dict) -> float:
-        "The learning rate that a run with these techniques would find."
-        seed_everything(seed)
-        net = backbone(self.fit['arch'], self.fit['pretrained'])
-        return find_lr(made(self._loaders(seed), self.fit['arch'], net, seed, plan({**USUAL, **self.always, **techniques}))).lr
-
-    def _loaders(self, seed: int): return loaders_of(self.found, self.sides, seed=seed, workers=0, **self.loaders)
 
 
 @partial(checked, techniques=discover)
@@ -162,16 +135,13 @@ def ablate(path, *, techniques: list[str] | str | dict, arch: str = 'resnet18', 
         backbone(arch, pretrained)              # weights that cannot be fetched: say so before any data are read
     with RunFolder.open('ablate', asked, out, overwrite, defaults=ablate).under_way() if out else nullcontext() as run:
         kept = Kept(run and run.path/'runs', names)
-        recipe, holdings = path, None
+        recipe = path
         if not callable(path):
-            found = found_in(path, None, groups, near_duplicates)
-            sides = found.sides if all(found.sides) else split(found.keys, found.labels, valid, test, seed)
             fit = dict(arch=arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule)
-            recipe = FolderRecipe(found, list(sides), dict(size=size, bs=bs, resize=resize), fit, dict(cache=True) | always)
-            if lr == 'find': recipe.fit['lr'] = remember('learning rate', lambda: recipe.rate(own_seeds[0], dict.fromkeys(names, False)))
-            holdings = found.holdings(list(sides))
-            if run: run.note_data(SimpleNamespace(holdings=holdings))
-        pool = pool_of(processes or _cores(callable(path)), ray)
+            recipe = FolderRecipe.of(path, groups, near_duplicates, valid, test, seed, dict(size=size, bs=bs, resize=resize), fit, always)
+            if run: run.note_data(recipe)
+            recipe = recipe.at_rate(own_seeds[0], dict.fromkeys(names, False))
+        pool = pool_of(processes or cores(callable(path)), ray)
         try:
             train = Training(recipe, switched, own_seeds)
             clock = _Clock(minutes)
@@ -183,7 +153,7 @@ def ablate(path, *, techniques: list[str] | str | dict, arch: str = 'resnet18', 
         result = _result(run, kept, names, told, best, stopped, None if callable(path) else _command(asked, names, switched, always, best))
         if run:
             run.write_csv('effects.csv', _rows(result))
-            write_page(_report(run, result, holdings), run.path/'report.html')
+            write_page(_report(run, result, recipe), run.path/'report.html')
             run.finish()
     return result
 
@@ -196,11 +166,6 @@ def _switched(techniques, settings: dict) -> tuple[list[str], dict, dict]:
     switched = {n: settings.get(n, USUAL.get(n, True) if on is True else on) for n, on in asked.items()}
     if off := [n for n, on in switched.items() if on is False or on is None]: raise BadValue(f'techniques: {off[0]} is to be told about and is switched off; leave it out')
     return list(asked), switched, {n: on for n, on in settings.items() if n not in asked}
-
-
-def _cores(own_recipe: bool) -> int:
-    "Runs at a time: one a core; one on a GPU, and of a function of the user's, which may not bear company."
-    return 1 if own_recipe or torch.cuda.is_available() else os.cpu_count() or 1
 
 
 def _all_runs(kept: Kept, of: list[Comparison], seeds: int, clock: '_Clock', pool, train: Training, names) -> dict[tuple[str, str], str]:
@@ -267,8 +232,7 @@ def _rows(result: Ablation) -> list[dict]:
             for f in result.findings for side, metric, e in [*(('test', m, f.effects[m]) for m in METRICS), ('validation', 'accuracy', f.valid)]]
 
 
-def _report(run, result: Ablation, holdings) -> Report:
+def _report(run, result: Ablation, recipe) -> Report:
     "The page: what was found, the forest of effects, cost against gain, how the arms learned."
     arch = run.arguments['arch']
-    data = data_of(SimpleNamespace(holdings=holdings))
-    return Report(f'{arch}: {len(result.names)} techniques', run.command, data, headline=result.headline, ablation=result, provenance=run.provenance)
+    return Report(f'{arch}: {len(result.names)} techniques', run.command, data_of(recipe), headline=result.headline, ablation=result, provenance=run.provenance)

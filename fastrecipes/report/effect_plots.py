@@ -1,10 +1,10 @@
 "Figures of an ablation: what each technique does, what it costs, how the arms learned."
 import numpy as np
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fastrecipes.report.plots import INK, LINE, SERIES, SOFT, STYLES, _legend, _short, _svg
 
-__all__ = ['forest', 'worth', 'curves']
+__all__ = ['forest', 'worth', 'curves', 'error']
 
 WHERE = {'alone': ('o', SERIES[0]), 'in the set': ('s', SERIES[1])}
 
@@ -69,3 +69,21 @@ def curves(by_arm: dict[str, list[list[float]]]) -> str | None:
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         _legend(ax, 36)
     return _svg(draw, (5.3, 3.3+.16*(len(means)//2)))
+
+
+def error(images, errors, exponent: float) -> str:
+    "The error on the test images by how many there were to train on, a dot a seed, with the line through their means drawn on to twice as many."
+    n, mean = np.asarray(images, float), np.exp(np.log(np.asarray(errors).clip(1e-6)).mean(0))
+
+    def draw(ax):
+        for seed in errors: ax.plot(n, 100*np.asarray(seed), 'o', color=SERIES[0], ms=4, alpha=.6)
+        at = np.geomspace(n[0], 2*n[-1], 50)
+        line = np.exp(np.log(mean).mean() - exponent*(np.log(at)-np.log(n).mean()))
+        ax.plot(at[at <= n[-1]], 100*line[at <= n[-1]], color=SERIES[1])
+        ax.plot(at[at >= n[-1]], 100*line[at >= n[-1]], color=SERIES[1], ls=':')
+        ax.set(xscale='log', yscale='log', xlabel='images to train on', ylabel='error, %')
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            axis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:,g}'))
+    return _svg(draw)

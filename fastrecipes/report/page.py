@@ -22,6 +22,7 @@ __all__ = ['Report', 'write_page', 'SECTIONS']
 SECTIONS = (('result', 'Result', lambda r: r.table),
             ('folds', 'Fold by fold', lambda r: r.folds),
             ('ablation', 'What each technique does', lambda r: r.ablation),
+            ('learning_curve', 'Would more images help?', lambda r: r.learning_curve),
             ('run', 'What was run', lambda r: True),
             ('techniques', 'Techniques', lambda r: r.techniques),
             ('training', 'Training', lambda r: r.fits or r.lr_find or r.schedule),
@@ -58,6 +59,7 @@ class Report:
     difference: dict | None = None              # {'accuracy': Difference, …}, of the second row minus the first
     folds: list = field(default_factory=list)   # [dict(number, n_train, n, accuracy, balanced_accuracy, log_loss, seconds)] of a cross-validation
     ablation: object = None                     # what `ablate` found: its `Ablation`
+    learning_curve: object = None               # a `LearningCurve`
     techniques: list = field(default_factory=list)  # [dict(name, arguments: dict, effect: str | None, summary, source)] as applied
     fits: list = field(default_factory=list)    # [dict(name, columns: [str], rows: [[float]])], a row an epoch, one fit after another
     lr_find: dict | None = None                 # lrs: [float], losses: [float], suggestion: float
@@ -150,6 +152,9 @@ def _figures(record: Report) -> dict[str, tuple[Markup, str]]:
         times = '; '.join(f'{f.comparison.technique}: ×{f.times:.2f}' for f in a.findings if f.comparison.where == 'alone')
         add('worth', effect_plots.worth(a.findings), f'Gain against training time: {times}')
         add('curves', effect_plots.curves(a.curves), 'Validation accuracy by epoch, the mean over seeds, of ' + ', '.join(a.curves))
+    if c := record.learning_curve:
+        said = '; '.join(f'{n:,} images: {e}' for n, e in zip(c.images, c.estimates))
+        add('error', effect_plots.error(c.images, c.errors, c.exponent), f'Error by training images, both on a logarithmic scale: accuracy {said}')
     if record.compression:
         stages = [s for s in field_of(record.compression, 'stages') if field_of(s, 'size_bytes')]
         targets = field_of(record.compression, 'targets')

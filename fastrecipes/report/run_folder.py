@@ -23,7 +23,7 @@ __all__ = ['RunFolder', 'load_run', 'command_line']
 
 RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, CHECKPOINT, LOCK = ('recipe.yaml', 'provenance.json', 'learner.pkl', 'compressed.json',
                                                                          'compressed.onnx', 'checkpoint', '.lock')
-OURS = (RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, 'history.csv', 'predictions.csv', 'effects.csv', 'runs/*.npz', 'report.html', f'{CHECKPOINT}/*.pt',       # all that
+OURS = (RECIPE, PROVENANCE, LEARNER, STAGES, GRAPH, 'history.csv', 'predictions.csv', 'effects.csv', 'curve.csv', 'runs/*.npz', 'report.html', f'{CHECKPOINT}/*.pt',       # all that
         f'{CHECKPOINT}/fold-*/*.pt', *(f'bundle/{n}' for n in ('model.onnx', 'bundle.json', 'requirements.txt', 'serve.pyz', 'Dockerfile')))                # overwrite removes
 PACKAGES = ('torch', 'torchvision', 'fastai', 'timm', 'onnxruntime', 'onnx', 'numpy', 'pillow')
 POSITIONAL = ('path', 'unlabelled', 'learn', 'run', 'bundle')

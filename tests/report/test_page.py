@@ -11,6 +11,7 @@ from fastrecipes.report import plots
 from fastrecipes.report.intervals import Difference, Estimate
 from fastrecipes.recipes.ablate import Ablation
 from fastrecipes.recipes.arms import METRICS, Arm, Finding, Outcome, comparisons
+from fastrecipes.recipes.learning_curve import LearningCurve
 from fastrecipes.report.effects import Effect, Verdict
 from fastrecipes.report.page import SECTIONS, Report, write_page
 
@@ -80,6 +81,7 @@ def full(name='cat', bs=3):
             dict(name='cut', kept=False, reason=f'{name} failed'),
             dict(name='half', kept=False, reason='too much', proof=name, valid=Estimate(.8, .7, .85, 400), size_bytes=1000, latency_ms=1.)]),
         bundle=dict(path=name, size_bytes=13_400_000, parity=dict(n=840, max_diff=3.2e-7), latency_ms=2., eager_latency_ms=9.),
+        learning_curve=LearningCurve(None, [100, 200], [Estimate(.8, .7, .9, 400)]*2, np.array([[.2, .1], [.21, .12]]), .9, Difference(.05, .01, .09)),
         ablation=ablated(name), provenance=dict(seed=42, versions=dict(torch='2.15.0', timm=None), platform=name))
 
 
@@ -112,7 +114,7 @@ def test_the_full_report_has_every_section_and_an_alt_for_every_picture(tmp_path
     p = page(tmp_path, **full())
     assert [a['id'] for t, a in p.tags if t == 'section'] == [name for name, *_ in SECTIONS]
     assert all(a.get('alt') for t, a in p.tags if t == 'img')
-    assert sum(t == 'svg' for t, _ in p.tags) == sum(a.get('role') == 'img' and bool(a.get('aria-label')) for _, a in p.tags) == 11
+    assert sum(t == 'svg' for t, _ in p.tags) == sum(a.get('role') == 'img' and bool(a.get('aria-label')) for _, a in p.tags) == 12
     assert [a for t, a in p.tags if t == 'html'] == [{'lang': 'en'}] and sum(t == 'h1' for t, _ in p.tags) == 1
 
 
@@ -121,6 +123,11 @@ def test_an_ablation_is_told_with_its_verdicts_and_what_to_do(tmp_path):
     for said in ('mixup alone helped', 'cat alone no difference larger than 0.4 points; cat', 'mixup in the set hurt', '+5.0 (+1.0 to +9.0)', '×1.20', '+3 MB', '−0.050',
                  'Without any of them: 90.0 % (80.0–95.0)', 'chosen on the validation images: mixup: +5.0 points (+1.0 to +9.0) over the baseline', '--mixup true'):
         assert said in text, said
+
+
+def test_a_learning_curve_is_told_by_its_numbers(tmp_path):
+    text = page(tmp_path, **full()).text
+    assert '100 80.0 % (70.0–90.0) 200 80.0 % (70.0–90.0)' in text and 'over 2 seeds' in text and 'Would more images help?' in text
 
 
 def test_shares_of_each_class_by_split(tmp_path):

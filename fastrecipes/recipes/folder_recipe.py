@@ -1,0 +1,66 @@
+"`image_classifier` again and again on one folder and one split: with other seeds, techniques, or fewer images."
+import os
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from fastai.basics import Learner
+
+from fastrecipes.data.folders import Found, Holdings, found_in, loaders_of
+from fastrecipes.data.splits import split
+from fastrecipes.recipes.classify import USUAL, image_classifier, made
+from fastrecipes.technique import plan
+from fastrecipes.training.finders import find_lr
+from fastrecipes.training.reproducibility import seed_everything
+from fastrecipes.training.resume import remember
+from fastrecipes.training.transfer import backbone
+
+__all__ = ['FolderRecipe', 'cores']
+
+
+@dataclass(frozen=True)
+class FolderRecipe:
+    "A function `recipe(seed=…, **techniques)` of images that were found and split before, so that seeds vary weights, order and draws and nothing else."
+    found: Found
+    sides: tuple[str, ...]
+    loaders: dict               # size, bs, resize
+    fit: dict                   # arch, epochs, lr, pretrained, schedule
+    always: dict                # techniques of every run; those of a call win
+
+    @classmethod
+    def of(cls, path, groups, near_duplicates, valid: float, test: float, seed: int, loaders: dict, fit: dict, always: dict) -> 'FolderRecipe':
+        "Of the folder `path`, decoded once; split as it is given, else by `seed`."
+        found = found_in(path, None, groups, near_duplicates)
+        sides = found.sides if all(found.sides) else split(found.keys, found.labels, valid, test, seed)
+        return cls(found, tuple(sides), loaders, fit, dict(cache=True) | always)
+
+    def __call__(self, seed: int, **techniques) -> Learner:
+        return image_classifier(self._loaders(seed), seed=seed, **self.fit, **{**self.always, **techniques})
+
+    @property
+    def holdings(self) -> Holdings: return self.found.holdings(list(self.sides))
+
+    def at_rate(self, seed: int, techniques: dict) -> 'FolderRecipe':
+        "The same, with the learning rate that a run with these techniques finds, where one is to be found."
+        if self.fit['lr'] != 'find': return self
+        def find():
+            seed_everything(seed)
+            net = backbone(self.fit['arch'], self.fit['pretrained'])
+            return find_lr(made(self._loaders(seed), self.fit['arch'], net, seed, plan({**USUAL, **self.always, **techniques}))).lr
+        return replace(self, fit=self.fit | dict(lr=remember('learning rate', find)))
+
+    def on(self, fraction: float, seed: int) -> 'FolderRecipe':
+        "The same with a share of the training images, drawn by `seed`: of each class alike, and smaller shares lie in larger ones."
+        if fraction == 1: return self
+        train = [i for i, s in enumerate(self.sides) if s == 'train']
+        few = split([self.found.keys[i] for i in train], [self.found.labels[i] for i in train], 0., 1-fraction, seed)
+        keep = np.ones(len(self.sides), bool)
+        keep[[i for i, s in zip(train, few) if s != 'train']] = False
+        return replace(self, found=self.found.part(keep.tolist()), sides=tuple(s for s, k in zip(self.sides, keep) if k))
+
+    def _loaders(self, seed: int): return loaders_of(self.found, list(self.sides), seed=seed, workers=0, **self.loaders)
+
+
+def cores(own_recipe: bool = False) -> int:
+    "Runs at a time: one a core; one on a GPU, and of a function of the user's, which may not bear company."
+    return 1 if own_recipe or torch.cuda.is_available() else os.cpu_count() or 1
