@@ -135,8 +135,9 @@ def learning_curve(path, arch: str = 'resnet18', *, fractions: list[float] = (.1
         result = LearningCurve(run and run.path, images, estimates, errors, *power_law(images, errors))
         if run:
             run.write_csv('curve.csv', [dict(images=n, seed=i+1, accuracy=float(1-errors[i, k])) for k, n in enumerate(images) for i in range(seeds)])
-            write_page(Report(f'{arch} on {whole.found.path.name}: would more images help?', run.command, data_of(whole), headline=result.advice[0].upper() + result.advice[1:] + '.',
-                              learning_curve=result, provenance=run.provenance), run.path/'report.html')
+            headline = f'Twice as many images would bring about {result.twice}.'
+            write_page(Report(f'{arch} on {whole.found.path.name}: would more images help?', run.command, data_of(whole), headline=headline, learning_curve=result,
+                              provenance=run.provenance), run.path/'report.html')
             run.finish()
     return result
 
