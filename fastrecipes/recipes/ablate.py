@@ -176,7 +176,7 @@ def _all_runs(kept: Kept, of: list[Comparison], seeds: int, clock: '_Clock', poo
             while len(live) > 1 and not clock.room_for((len(arms(live))+1)*(seeds-i)):
                 worst = min(live, key=lambda c: _promise(kept.runs, c))
                 live.remove(worst)
-                stopped[worst.technique, worst.where] = f'given up after {i} seeds, for want of time'
+                stopped[worst.technique, worst.where] = 'given up, for want of time'
         _run(kept, [(arm, i) for arm in arms(live)], pool, train, names, clock)
     return stopped
 

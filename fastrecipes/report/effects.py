@@ -11,7 +11,7 @@ from scipy.stats import chi2
 from scipy.stats import t as student
 
 from fastrecipes.errors import BadValue
-from fastrecipes.report.intervals import LEVEL, Difference
+from fastrecipes.report.intervals import LEVEL, Difference, signed
 
 __all__ = ['Effect', 'Verdict', 'crossed', 'holm', 'verdicts']
 
@@ -35,6 +35,8 @@ class Effect(Difference):
     by_seed: float = 0.
     by_image: float = 0.
     by_both: float = 0.
+
+    def __str__(self): return super().__str__() if self.seeds > 1 else f'{signed(self.value)} points (one seed)'
 
     def interval(self, level: float) -> tuple[float, float]:
         half = student.ppf((1+level)/2, self.dof)*self.se

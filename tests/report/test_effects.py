@@ -100,4 +100,4 @@ def test_the_words():
     assert said[3].why == f'not resolved: about {open_.needs(.01, .05/7)-3} more seeds would' and said[3].seeds == open_.needs(.01, .05/7)
     assert said[4].why.startswith('not resolved: 400 test images are too few, whatever the seeds; about ' )
     assert said[5].why == 'not resolved: 1 seed does not tell how far seeds vary, 3 do' and said[6].why == 'not resolved: 2 seeds do not tell how far seeds vary, 3 do'
-    assert str(one).startswith(f'{100*one.value:+.1f} points')
+    assert str(one) == f'{100*one.value:+.1f} points (one seed)' and ' to ' in str(two)
