@@ -126,6 +126,8 @@ def test_two_ray_nodes_give_the_same_table_and_a_lost_node_costs_its_runs_only(t
         losing.start()
         there = ablate(recipe, techniques='mixup,ema', seeds=3, ray=True)
         losing.join()
+        until = time.monotonic() + 60
+        while ray.cluster_resources()['CPU'] > 1 and time.monotonic() < until: time.sleep(.2)        # the cluster takes a while to notice
         assert ray.cluster_resources()['CPU'] == 1 and len({f.name.split('-')[0] for f in tmp_path.glob('*.call')}) > 1
     finally:
         ray.shutdown()
