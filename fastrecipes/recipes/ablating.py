@@ -1,6 +1,7 @@
 "The runs of an ablation: in this process, in several, or on the nodes of a Ray cluster; each kept when it is done, and done again where a worker dies."
 import contextlib
 import io
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
@@ -39,17 +40,18 @@ class Training:
         highest = _high_water()
         try:
             with contextlib.redirect_stdout(io.StringIO()):
+                since = time.monotonic()
                 made = self.recipe(seed=self.seeds[i], **{n: on if n in arm else False for n, on in self.settings.items()})
                 if isinstance(made, Outcome): return made
-                outcome = outcome_of(made, highest)
+                outcome = outcome_of(made, time.monotonic()-since, highest)
         finally: torch.set_num_threads(threads)
         del made                                # the next run's memory is measured from where this one began
         clean_mem()
         return outcome
 
 
-def outcome_of(learn: Learner, highest: Callable | None = None) -> Outcome:
-    """A fitted Learner's answers for its validation and its test images, and what its training took.
+def outcome_of(learn: Learner, seconds: float, highest: Callable | None = None) -> Outcome:
+    """A fitted Learner's answers for its validation and its test images, and what its training took: its fits where they were timed, else `seconds`.
 
     Raises `ValueError` where these are no probabilities of classes."""
     if not isinstance(learn, Learner): raise BadValue(f'recipe: must return the fitted Learner, got {type(learn).__name__}')
@@ -62,7 +64,7 @@ def outcome_of(learn: Learner, highest: Callable | None = None) -> Outcome:
     past = history(learn)
     last = past.fits[-1] if past.fits else dict(columns=[], rows=[])
     column = next((k for k, c in enumerate(last['columns']) if c == 'accuracy'), None)
-    return Outcome(answers['validation'], answers[side], past.seconds, highest() if highest else None,
+    return Outcome(answers['validation'], answers[side], past.seconds or seconds, highest() if highest else None,
                    tuple(float(row[column]) for row in last['rows']) if column is not None else ())
 
 

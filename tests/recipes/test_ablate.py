@@ -69,6 +69,16 @@ def test_arguments_reach_every_arm():
     assert len({tuple(a) for a in asked}) == 1
 
 
+def test_a_learner_of_ones_own_is_timed_by_the_clock(request):
+    make = request.getfixturevalue('toy')         # the one of conftest
+    def recipe(seed, **techniques):
+        learn = make(n=128).use(**techniques)
+        learn.fit(1, .1)
+        return learn
+    r = ablate(recipe, techniques=dict(ema=True), seeds=2)
+    assert all(o.seconds > 0 for o in r.runs.values()) and r.findings[0].times > 0 and len(r.runs) == 4
+
+
 def test_what_was_cut_off_goes_on(tmp_path):
     whole = ablate(toy, techniques='mixup,ema', seeds=3, out=str(tmp_path/'whole'))
     calls = []
