@@ -46,9 +46,7 @@ def learner(data: Path, settings: dict, out: Path) -> Learner:
         shutil.copytree(out/'net', out/'fine', ignore=shutil.ignore_patterns('report.html'), dirs_exist_ok=True)        # the same run, but for the size of its images
         recipe = yaml.safe_load((out/'net'/'recipe.yaml').read_text())
         (out/'fine'/'recipe.yaml').write_text(yaml.safe_dump(recipe | dict(size=settings['size'])))
-        learn = lines_unless_terminal(load_run(out/'net'), ARCH)
-        fine = load_run(out/'fine')
-        learn.dls = fine.dls
+        learn = lines_unless_terminal(load_run(out/'fine'), ARCH)
         with resumable(out/'fine'/'checkpoint'): learn.fit_one_cycle(settings['more'], slice(1e-4, 1e-3), pct_start=.1)
         export_learner(learn, out/'fine'/'learner.pkl')
         (out/'fine'/'report.html').write_text('')

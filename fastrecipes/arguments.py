@@ -1,7 +1,7 @@
 "Arguments against the types their function declares: a wrong one is a sentence before any work, not a comparison that fails inside it."
 import inspect
 from collections.abc import Iterable, Sequence
-from functools import wraps
+from functools import lru_cache, wraps
 from numbers import Integral, Real
 from os import PathLike
 from types import NoneType, UnionType
@@ -42,10 +42,14 @@ def checked(f, techniques=None):
 
 
 def _bound(f, args, kwargs, who: str, takes: list[str], objects: str | None) -> dict:
-    try: arguments = inspect.signature(f).bind(*args, **kwargs).arguments
+    try: arguments = _signature(f).bind(*args, **kwargs).arguments
     except TypeError as e: raise BadName(f'{who}: {e}; it takes {", ".join(takes) or "no arguments"}') from None
     check_types(f, arguments, objects)
     return arguments
+
+
+@lru_cache(maxsize=512)
+def _signature(f) -> inspect.Signature: return inspect.signature(f, eval_str=True)
 
 
 def check_names(who: str, given, takes: list[str]):
@@ -56,7 +60,7 @@ def check_names(who: str, given, takes: list[str]):
 
 def check_types(f, values: dict, who: str | None = None):
     "Raise `BadValue` for a value of another type than `f` declares; parameters whose types are classes of ours or fastai's are not looked at."
-    for name, p in inspect.signature(f, eval_str=True).parameters.items():
+    for name, p in _signature(f).parameters.items():
         if name not in values or _fits(values[name], p.annotation): continue
         raise BadValue(f'{who + ": " if who else ""}{name} must be {_words(p.annotation)}, got {values[name]!r}')
 

@@ -8,6 +8,7 @@ from fastrecipes.production.voting import LEAST
 from fastrecipes.report import intervals
 from fastrecipes.report.evidence import Scored
 from fastrecipes.report.intervals import Difference, Estimate
+from fastrecipes.report.tables import aligned
 
 __all__ = ['Evaluation', 'Judged']
 
@@ -39,10 +40,8 @@ class Evaluation:
         weigh = any(m.weight is not None for m in self.members)
         rows = [('', f'{self.side} accuracy', 'log loss', *(['weight'] if weigh else []))]
         rows += [(m.name, str(m.accuracy), f'{m.log_loss:.3f}', *([f'{m.weight:.2f}' if m.weight is not None else ''] if weigh else [])) for m in (*self.members, self.ensemble)]
-        width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-        lines = ['  '.join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in rows]
         idle = [m.name for m in self.members if m.weight is not None and m.weight < 5e-3]
-        return '\n'.join([*lines, f'{self.ensemble.name} − {self.best}, the best by validation: {self.gain} on {self.gain.n} images{self.worth}',
+        return '\n'.join([*aligned(rows), f'{self.ensemble.name} − {self.best}, the best by validation: {self.gain} on {self.gain.n} images{self.worth}',
                           *([f'next to no weight, so the ensemble may do without: {few(idle)}'] if idle else []),
                           *([f'{self.ties} of {self.gain.n} votes were tied; the probabilities decided'] if self.ties else []),
                           *(['the weights were fitted to these very images: the gain flatters; hold out test images'] if self.fitted else [])])

@@ -19,6 +19,7 @@ from fastrecipes.report import intervals
 from fastrecipes.report.intervals import Difference, Estimate
 from fastrecipes.report.plots import draw_tradeoff
 from fastrecipes.report.run_folder import GRAPH, STAGES
+from fastrecipes.report.tables import aligned
 from fastrecipes.training.resume import remember
 
 __all__ = ['Candidate', 'Considered', 'Stage', 'Compressed', 'Gate']
@@ -129,9 +130,7 @@ class Compressed:
                           f'{s.latency_ms:.2f} ms' if s.latency_ms else '–', f'{self.word(s)}: {s.reason}' if i else s.reason)
                          for i, s in enumerate(self.stages)]
         if c := self.control: rows.append((c.name, _share(c.valid), _share(c.test), f'{c.size_bytes/1e3:,.0f} kB', '', c.reason))
-        width = [max(len(r[i]) for r in rows) for i in range(5)]
-        lines = ['  '.join([*(c.ljust(w) for c, w in zip(r, width)), r[5]]).rstrip() for r in rows]
-        return '\n'.join([*lines, self.verdict])
+        return '\n'.join([*aligned(rows), self.verdict])
 
     @property
     def verdict(self) -> str:

@@ -20,6 +20,7 @@ from fastrecipes.production.graphs import as_onnx, compact
 from fastrecipes.production.predictor import Graph
 from fastrecipes.production.timing import interleaved
 from fastrecipes.report.intervals import Difference, Estimate
+from fastrecipes.report.tables import aligned
 
 __all__ = ['Quantization', 'Quantized', 'network_graph', 'pixels_graph', 'quantization_table', 'quantized_learner']
 
@@ -74,8 +75,7 @@ def quantization_table(*learners: Learner) -> str:
     rows = [('', 'in 8 bits', '.onnx', 'one sample', 'accuracy' if told[0].accuracy else 'loss', 'change'),
             ('float', '0.0 %', f'{told[0].size_bytes[0]/1e3:,.0f} kB', f'{told[0].latency_ms[0]:.3g} ms', quality(told[0], 0), '')]
     rows += [(q.kind, _percent(q.share), f'{q.size_bytes[1]/1e3:,.0f} kB', f'{q.latency_ms[1]:.3g} ms', quality(q, 1), str(q.change or '')) for q in told]
-    width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return '\n'.join('  '.join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in rows)
+    return '\n'.join(aligned(rows))
 
 
 class Quantized(nn.Module):

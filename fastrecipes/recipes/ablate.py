@@ -11,23 +11,22 @@ from pathlib import Path
 from fastprogress.fastprogress import format_time
 
 from fastrecipes.arguments import checked
-from fastrecipes.data.folders import NearDuplicates, check_loaders
+from fastrecipes.data.folders import NearDuplicates
 from fastrecipes.data.pixels import Resize
-from fastrecipes.data.splits import check_shares
 from fastrecipes.errors import BadValue
 from fastrecipes.randomness import key_of
 from fastrecipes.recipes.ablating import Kept, Training, pool_of
 from fastrecipes.recipes.arms import METRICS, Arm, Comparison, Finding, arms, chosen, comparisons, effect, findings, named
-from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe, image_classifier
-from fastrecipes.recipes.folder_recipe import FolderRecipe, cores
+from fastrecipes.recipes.classify import USUAL, Schedule, image_classifier
+from fastrecipes.recipes.folder_recipe import FolderRecipe, check_runs, cores
 from fastrecipes.report.effects import Effect, crossed
 from fastrecipes.report.evidence import data_of
 from fastrecipes.report.intervals import Estimate
 from fastrecipes.report.page import Report, write_page
 from fastrecipes.report.run_folder import RunFolder, command_line
+from fastrecipes.report.tables import aligned
 from fastrecipes.technique import discover, plan
 from fastrecipes.training.distributed import one_process
-from fastrecipes.training.transfer import backbone
 
 __all__ = ['Ablation', 'ablate']
 
@@ -53,9 +52,7 @@ class Ablation:
             why = self.stopped.get((f.comparison.technique, f.comparison.where))
             rows.append((f.comparison.technique, f.comparison.where, str(f.effects['accuracy']), f'{-f.effects["log_loss"].value:+.3f}'.replace('-', '−'),
                          f'×{f.times:.2f}', str(f.verdict) + (f' ({why})' if why else '')))
-        width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-        lines = ['  '.join(c.ljust(w) for c, w in zip(row, width)).rstrip() for row in rows]
-        return '\n'.join(['', f'baseline: {self.baseline}', *lines, '', self.advice, *([self.command] if self.command else []),
+        return '\n'.join(['', f'baseline: {self.baseline}', *aligned(rows), '', self.advice, *([self.command] if self.command else []),
                           *(['', f'report: {self.path/"report.html"}'] if self.path else [])])
 
     @property
@@ -120,25 +117,19 @@ def ablate(path, *, techniques: list[str] | str | dict, arch: str = 'resnet18', 
     names, switched, always = _switched(techniques, settings)
     asked |= dict(techniques=','.join(names)) | {n: on for n, on in switched.items() if on is not True and on != USUAL.get(n)}
     plan({**(USUAL if not callable(path) else {}), **always, **switched})
-    if seeds < 2: raise BadValue(f'seeds: at least 2, got {seeds}')
+    check_runs(seeds, processes)
     for name, value in dict(minutes=minutes, matters=matters).items():
         if value is not None and not value > 0: raise BadValue(f'{name}: more than 0, got {value:g}')
-    if processes is not None and processes < 1: raise BadValue(f'processes: at least 1, got {processes}')
     of = comparisons(names, alone)
     own_seeds = tuple(key_of(seed, 'ablation', i) % 2**32 for i in range(seeds))
     one_process('ablate')
-    if not callable(path):
-        check_recipe(path, arch, epochs, lr, schedule)
-        check_loaders(size, bs, resize)
-        check_shares(valid, test)
-        if not valid or not test: raise BadValue(f'{"test" if valid else "valid"}: ablate chooses by validation images and reports on test images; hold some out of both')
-        backbone(arch, pretrained)              # weights that cannot be fetched: say so before any data are read
+    loaders, fit = dict(size=size, bs=bs, resize=resize), dict(arch=arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule)
+    if not callable(path): FolderRecipe.check(path, valid, test, loaders, fit, 'ablate chooses by validation images and reports on test images; hold some out of both')
     with RunFolder.open('ablate', asked, out, overwrite, defaults=ablate).under_way() if out else nullcontext() as run:
         kept = Kept(run and run.path/'runs', names)
         recipe = path
         if not callable(path):
-            fit = dict(arch=arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule)
-            recipe = FolderRecipe.of(path, groups, near_duplicates, valid, test, seed, dict(size=size, bs=bs, resize=resize), fit, always)
+            recipe = FolderRecipe.of(path, groups, near_duplicates, valid, test, seed, loaders, fit, always)
             if run: run.note_data(recipe)
             recipe = recipe.at_rate(own_seeds[0], dict.fromkeys(names, False))
         pool = pool_of(processes or cores(callable(path)), ray)

@@ -6,16 +6,17 @@ import numpy as np
 import torch
 from fastai.basics import Learner
 
-from fastrecipes.data.folders import Found, Holdings, found_in, loaders_of
-from fastrecipes.data.splits import split
-from fastrecipes.recipes.classify import USUAL, image_classifier, made
+from fastrecipes.data.folders import Found, Holdings, check_loaders, found_in, loaders_of
+from fastrecipes.data.splits import check_shares, split
+from fastrecipes.errors import BadValue
+from fastrecipes.recipes.classify import USUAL, check_recipe, image_classifier, made
 from fastrecipes.technique import plan
 from fastrecipes.training.finders import find_lr
 from fastrecipes.training.reproducibility import seed_everything
 from fastrecipes.training.resume import remember
 from fastrecipes.training.transfer import backbone
 
-__all__ = ['FolderRecipe', 'cores']
+__all__ = ['FolderRecipe', 'check_runs', 'cores']
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class FolderRecipe:
         found = found_in(path, None, groups, near_duplicates)
         sides = found.sides if all(found.sides) else split(found.keys, found.labels, valid, test, seed)
         return cls(found, tuple(sides), loaders, fit, dict(cache=True) | always)
+
+    @staticmethod
+    def check(path, valid: float, test: float, loaders: dict, fit: dict, why: str):
+        "Raise for what can be told wrong before any data are read; `why` images must be held out for validation and test."
+        check_recipe(path, fit['arch'], fit['epochs'], fit['lr'], fit['schedule'])
+        check_loaders(**loaders)
+        check_shares(valid, test)
+        if not valid or not test: raise BadValue(f'{"test" if valid else "valid"}: {why}')
+        backbone(fit['arch'], fit['pretrained'])        # weights that cannot be fetched
 
     def __call__(self, seed: int, **techniques) -> Learner:
         return image_classifier(self._loaders(seed), seed=seed, **self.fit, **{**self.always, **techniques})
@@ -59,6 +69,12 @@ class FolderRecipe:
         return replace(self, found=self.found.part(keep.tolist()), sides=tuple(s for s, k in zip(self.sides, keep) if k))
 
     def _loaders(self, seed: int): return loaders_of(self.found, list(self.sides), seed=seed, workers=0, **self.loaders)
+
+
+def check_runs(seeds: int, processes: int | None):
+    "Raise for numbers of seeds and processes that there cannot be."
+    if seeds < 2: raise BadValue(f'seeds: at least 2, got {seeds}')
+    if processes is not None and processes < 1: raise BadValue(f'processes: at least 1, got {processes}')
 
 
 def cores(own_recipe: bool = False) -> int:

@@ -1,6 +1,6 @@
 "Would more images help? The error by how many there are to train on, and what twice as many would bring."
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -8,15 +8,14 @@ import numpy as np
 from scipy.stats import t as student
 
 from fastrecipes.arguments import checked
-from fastrecipes.data.folders import NearDuplicates, check_loaders
+from fastrecipes.data.folders import NearDuplicates
 from fastrecipes.data.pixels import Resize
-from fastrecipes.data.splits import check_shares
 from fastrecipes.errors import BadValue
 from fastrecipes.randomness import key_of
 from fastrecipes.recipes.ablating import Kept, Training, pool_of
 from fastrecipes.recipes.arms import Arm
-from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe
-from fastrecipes.recipes.folder_recipe import FolderRecipe, cores
+from fastrecipes.recipes.classify import USUAL, Schedule
+from fastrecipes.recipes.folder_recipe import FolderRecipe, check_runs, cores
 from fastrecipes.report.effects import crossed
 from fastrecipes.report.evidence import data_of
 from fastrecipes.report.intervals import LEVEL, Difference, Estimate
@@ -24,7 +23,6 @@ from fastrecipes.report.page import Report, write_page
 from fastrecipes.report.run_folder import RunFolder
 from fastrecipes.technique import discover, plan
 from fastrecipes.training.distributed import one_process
-from fastrecipes.training.transfer import backbone
 
 __all__ = ['LearningCurve', 'learning_curve', 'power_law']
 
@@ -84,7 +82,7 @@ def learning_curve(path, arch: str = 'resnet18', *, fractions: list[float] = (.1
         seeds: trainings with each, 2 or more
         processes: runs at a time on this machine (default: one a core, one on a GPU)
         ray: do the runs on the Ray cluster of RAY_ADDRESS, or on one of this machine
-        epochs: passes over all of the training data, at least 1
+        epochs: passes over the largest part, at least 1; as many steps over the others
         lr: the highest learning rate; 'find': found once, with all images, and used by all
         size: width and height of the images, in px
         bs: images a batch
@@ -103,28 +101,24 @@ def learning_curve(path, arch: str = 'resnet18', *, fractions: list[float] = (.1
     plan({**USUAL, **techniques})
     fractions = sorted(set(fractions))
     if len(fractions) < 2 or not 0 < fractions[0] or fractions[-1] > 1: raise BadValue(f'fractions: two or more above 0 and up to 1, got {list(asked["fractions"])}')
-    if seeds < 2: raise BadValue(f'seeds: at least 2, got {seeds}')
-    if processes is not None and processes < 1: raise BadValue(f'processes: at least 1, got {processes}')
-    check_recipe(path, arch, epochs, lr, schedule)
-    check_loaders(size, bs, resize)
-    check_shares(valid, test)
-    if not valid or not test: raise BadValue(f'{"test" if valid else "valid"}: hold some images out of the training')
+    check_runs(seeds, processes)
+    loaders, fit = dict(size=size, bs=bs, resize=resize), dict(arch=arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule)
+    FolderRecipe.check(path, valid, test, loaders, fit, 'hold some images out of the training')
     one_process('learning_curve')
-    backbone(arch, pretrained)                  # weights that cannot be fetched: say so before any data are read
     own = tuple(key_of(seed, 'learning curve', i) % 2**32 for i in range(seeds))
     names = [f'{f:.4g}' for f in fractions]
     with RunFolder.open('learning-curve', asked, out, overwrite, defaults=learning_curve).under_way() if out else nullcontext() as run:
-        fit = dict(arch=arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule)
-        whole = FolderRecipe.of(path, groups, near_duplicates, valid, test, seed, dict(size=size, bs=bs, resize=resize), fit, techniques)
+        whole = FolderRecipe.of(path, groups, near_duplicates, valid, test, seed, loaders, fit, techniques)
         if run: run.note_data(whole)
         parts = {n: whole.on(f, seed) for n, f in zip(names, fractions)}
         images = [p.sides.count('train') for p in parts.values()]
         if images[0] < bs: raise BadValue(f'fractions: {fractions[0]:g} leaves {images[0]} training images, less than a batch of {bs}; use a smaller bs or a larger fraction')
-        whole = whole.at_rate(own[0], {})
+        fit = whole.at_rate(own[0], {}).fit
+        parts = {n: replace(p, fit=fit | dict(epochs=max(1, round(epochs*images[-1]/k)))) for (n, p), k in zip(parts.items(), images)}      # as many steps as on the most
         kept, pool = Kept(run and run.path/'runs', names), pool_of(processes or cores(), ray)
         todo = [job for i in range(seeds) for n in names if (job := (Arm([n]), i)) not in kept.runs]
         try:
-            for job, outcome in pool.run(Training(Parts(parts, whole.fit), dict.fromkeys(names, True), own), iter(todo)):
+            for job, outcome in pool.run(Training(Parts(parts), dict.fromkeys(names, True), own), iter(todo)):
                 kept[job] = outcome
                 n = images[names.index(next(iter(job[0])))]
                 print(f'seed {job[1]+1}, {n:,} images: accuracy {(outcome.test.predicted == outcome.test.targets).mean():.4f} in {outcome.seconds:.1f} s', flush=True)
@@ -144,11 +138,7 @@ def learning_curve(path, arch: str = 'resnet18', *, fractions: list[float] = (.1
 
 @dataclass(frozen=True)
 class Parts:
-    "Trains on the part whose name is on, for as many steps as on all."
+    "Trains on the part whose name is on."
     parts: dict[str, FolderRecipe]
-    fit: dict
 
-    def __call__(self, seed: int, **on):
-        part = self.parts[next(n for n, v in on.items() if v)]
-        share = part.sides.count('train')/max(p.sides.count('train') for p in self.parts.values())
-        return FolderRecipe(part.found, part.sides, part.loaders, self.fit | dict(epochs=max(1, round(self.fit['epochs']/share))), part.always)(seed)
+    def __call__(self, seed: int, **on): return self.parts[next(n for n, v in on.items() if v)](seed)

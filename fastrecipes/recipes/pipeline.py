@@ -21,6 +21,7 @@ from fastrecipes.recipes.ship import ship
 from fastrecipes.report.evidence import Row, Scored, differences, gather, held_out, keep_run, score
 from fastrecipes.report.history import history, lines_unless_terminal
 from fastrecipes.report.run_folder import RunFolder
+from fastrecipes.report.tables import aligned
 from fastrecipes.technique import discover, plan
 from fastrecipes.training.distributed import one_process
 from fastrecipes.training.reproducibility import seed_everything
@@ -42,10 +43,8 @@ class Shipped:
     def __str__(self):
         head = ('', 'accuracy', 'balanced accuracy', 'training')
         cells = [(r.name, str(r.accuracy), str(r.balanced_accuracy), f'{r.seconds:.0f} s' if r.seconds else '') for r in self.rows]
-        width = [max(len(c[i]) for c in (head, *cells)) for i in range(len(head))]
-        lines = ['  '.join(c.ljust(w) for c, w in zip(row, width)).rstrip() for row in (head, *cells)]
         stages = ['', str(self.compressed)] if self.compressed else []
-        return '\n'.join(['', *lines, *stages, '', str(self.bundle), self.example, f'report: {self.path/"report.html"}'])
+        return '\n'.join(['', *aligned([head, *cells]), *stages, '', str(self.bundle), self.example, f'report: {self.path/"report.html"}'])
 
 
 @partial(checked, techniques=discover)

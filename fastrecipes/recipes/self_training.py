@@ -23,6 +23,7 @@ from fastrecipes.report.evidence import Row, Scored, differences, gather, keep_r
 from fastrecipes.report.history import history
 from fastrecipes.report.intervals import Difference, Estimate
 from fastrecipes.report.run_folder import RunFolder
+from fastrecipes.report.tables import aligned
 from fastrecipes.technique import discover, plan
 from fastrecipes.training.distributed import one_process
 from fastrecipes.training.resume import remember
@@ -79,8 +80,7 @@ class SelfTrained:
 
     def __str__(self):
         rows = [('', 'validation', 'test', 'training', ''), *((r.name, str(r.valid), str(r.test or '–'), f'{r.seconds:.0f} s', r.reason) for r in self.rounds)]
-        width = [max(len(r[i]) for r in rows) for i in range(4)]
-        lines = ['  '.join([*(c.ljust(w) for c, w in zip(row, width)), row[4]]).rstrip() for row in rows]
+        lines = aligned(rows)
         if self.difference: lines.append(f'{self.accepted.name} − {CONTROL}: {self.difference} on the images held out{self._worth}')
         return '\n'.join(['', *lines, *(['', f'report: {self.path/"report.html"}'] if self.path else [])])
 

@@ -23,6 +23,7 @@ from fastrecipes.report.history import history
 from fastrecipes.report.intervals import Estimate, Loss, over_folds
 from fastrecipes.report.page import Report, write_page
 from fastrecipes.report.run_folder import CHECKPOINT, RunFolder
+from fastrecipes.report.tables import aligned
 from fastrecipes.technique import applied, discover, plan
 from fastrecipes.training.distributed import one_process
 from fastrecipes.training.reproducibility import clean_mem, seed_everything
@@ -64,9 +65,7 @@ class CrossValidated:
         rows = [('fold', 'images', 'accuracy', 'balanced accuracy', 'log loss'),
                 *((str(f.number), str(f.n), f'{f.accuracy:.1%}'.replace('%', ' %'), f'{f.balanced_accuracy:.1%}'.replace('%', ' %'), f'{f.log_loss:.3f}') for f in self.folds),
                 ('mean (95 %)', str(sum(f.n for f in self.folds)), *map(str, self.estimates.values()))]
-        width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-        lines = ['  '.join(c.ljust(w) for c, w in zip(row, width)).rstrip() for row in rows]
-        return '\n'.join(['', *lines, *(['', f'report: {self.path/"report.html"}'] if self.path else [])])
+        return '\n'.join(['', *aligned(rows), *(['', f'report: {self.path/"report.html"}'] if self.path else [])])
 
 
 @partial(checked, techniques=discover)

@@ -1,11 +1,12 @@
 "Figures of an ablation: what each technique does, what it costs, how the arms learned."
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fastrecipes.report.plots import INK, LINE, SERIES, SOFT, STYLES, _legend, _short, _svg
+from fastrecipes.report.plots import INK, LINE, SERIES, SOFT, STYLES, legend, short, svg, ticks_of_log
 
 __all__ = ['forest', 'worth', 'curves', 'error']
 
+POINTS = FuncFormatter(lambda v, _: f'{v:+g}'.replace('-', '−') if v else '0')
 WHERE = {'alone': ('o', SERIES[0]), 'in the set': ('s', SERIES[1])}
 
 
@@ -22,15 +23,15 @@ def forest(findings) -> str:
                 if np.isfinite(e.lo): ax.plot([100*e.lo, 100*e.hi], [y, y], color=colour, lw=3, solid_capstyle='round', alpha=.45)
                 resolved = f.verdict.word in ('helped', 'hurt')
                 ax.plot([100*e.value], [y], mark, color=colour, ms=6, mfc=colour if resolved else 'none', label=where if k == 0 else None)
-        ax.set_yticks(range(len(names)), [_short(n) for n in names], fontsize=11)
+        ax.set_yticks(range(len(names)), [short(n) for n in names], fontsize=11)
         ax.tick_params(axis='y', labelcolor=INK)
         ax.set(ylim=(len(names)-.4, -.6), xlabel='points of accuracy on the test images')
         ax.grid(False, axis='y')
         ax.spines['left'].set_visible(False)
         ax.xaxis.set_major_locator(MaxNLocator(6))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:+g}'.replace('-', '−') if v else '0'))
-        _legend(ax, 36)
-    return _svg(draw, (5.3, 1+.5*len(names)))
+        ax.xaxis.set_major_formatter(POINTS)
+        legend(ax, 36)
+    return svg(draw, (5.3, 1+.5*len(names)))
 
 
 def worth(findings) -> str:
@@ -47,13 +48,13 @@ def worth(findings) -> str:
             ax.plot([f.times], [y], 'o', color=SERIES[0], ms=6)
             at = max([y, *(t+gap for t, x in taken if abs(np.log(x/f.times)) < .25)])        # names that would lie on each other move up
             taken.append((at, f.times))
-            ax.annotate(_short(f.comparison.technique), (f.times, at), (7, 0), textcoords='offset points', va='center', fontsize=9, color=INK)
+            ax.annotate(short(f.comparison.technique), (f.times, at), (7, 0), textcoords='offset points', va='center', fontsize=9, color=INK)
         ax.set(xlabel='training time, times the baseline’s', ylabel='points of accuracy')
         ax.margins(x=.28, y=.12)
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:.3g}'))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:+g}'.replace('-', '−') if v else '0'))
-    return _svg(draw)
+        ax.yaxis.set_major_formatter(POINTS)
+    return svg(draw)
 
 
 def curves(by_arm: dict[str, list[list[float]]]) -> str | None:
@@ -64,11 +65,11 @@ def curves(by_arm: dict[str, list[list[float]]]) -> str | None:
     def draw(ax):
         for i, (name, y) in enumerate(means.items()):
             grey = name == 'baseline'
-            ax.plot(range(1, len(y)+1), 100*y, color=LINE if grey else SERIES[i % 4], ls=STYLES[i//4 % 4], lw=3 if grey else 1.6, marker='o' if len(y) < 25 else '', label=_short(name))
+            ax.plot(range(1, len(y)+1), 100*y, color=LINE if grey else SERIES[i % 4], ls=STYLES[i//4 % 4], lw=3 if grey else 1.6, marker='o' if len(y) < 25 else '', label=short(name))
         ax.set(xlabel='epoch', ylabel='validation accuracy, %')
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        _legend(ax, 36)
-    return _svg(draw, (5.3, 3.3+.16*(len(means)//2)))
+        legend(ax, 36)
+    return svg(draw, (5.3, 3.3+.16*(len(means)//2)))
 
 
 def error(images, errors, exponent: float) -> str:
@@ -82,8 +83,5 @@ def error(images, errors, exponent: float) -> str:
         ax.plot(at[at <= n[-1]], 100*line[at <= n[-1]], color=SERIES[1])
         ax.plot(at[at >= n[-1]], 100*line[at >= n[-1]], color=SERIES[1], ls=':')
         ax.set(xscale='log', yscale='log', xlabel='images to train on', ylabel='error, %')
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_minor_locator(NullLocator())
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-            axis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:,g}'))
-    return _svg(draw)
+        for axis in (ax.xaxis, ax.yaxis): ticks_of_log(axis, ',g')
+    return svg(draw)

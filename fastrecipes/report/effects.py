@@ -44,18 +44,21 @@ class Effect(Difference):
 
     def needs(self, size: float, alpha: float) -> float:
         "Seeds with which an effect of `size` is found at level `alpha` in 9 cases of 10; infinite where images are too few, whatever the seeds."
-        return next(self._enough(size, alpha, [(s, self.n) for s in range(LEAST, MOST+1)], self._seed_at_most), (math.inf,))[0]
+        seeds, _ = self._enough(size, alpha, [(s, self.n) for s in range(LEAST, MOST+1)], self._seed_at_most) or (math.inf, 0)
+        return seeds
 
     def needs_images(self, size: float, alpha: float) -> int:
         "Images, with 20 seeds or as many as there are, of which the same holds, to two digits; 0 where seeds alone vary more than that."
-        return next((int(float(f'{n:.1e}')) for _, n in self._enough(size, alpha, [(max(self.seeds, MANY), n) for n in np.geomspace(self.n, 1e4*self.n, 400)], self.by_seed)), 0)
+        _, images = self._enough(size, alpha, [(max(self.seeds, MANY), n) for n in np.geomspace(self.n, 1e4*self.n, 400)], self.by_seed) or (0, 0)
+        return int(float(f'{images:.1e}'))
 
     def _enough(self, size, alpha, designs, by_seed):
-        "The first of ever larger designs (seeds, images) that finds `size`, if any does."
+        "The first of ever larger designs (seeds, images) that finds `size`; None where none does."
         def found(design):
             se, dof = _error(*design, by_seed, self.by_image, self.by_both)
             return (student.ppf(1-alpha/2, dof) + student.ppf(POWER, dof))*se <= size
-        if (i := bisect_left(designs, True, key=found)) < len(designs): yield designs[i]
+        i = bisect_left(designs, True, key=found)
+        return designs[i] if i < len(designs) else None
 
     @property
     def _seed_at_most(self) -> float:
@@ -117,20 +120,20 @@ def holm(ps: Sequence[float], alpha: float = 1-LEVEL) -> list[bool]:
     return out
 
 
-def verdicts(effects: Sequence[Effect], matters: float, alpha: float = 1-LEVEL, unit: str = 'points') -> list[Verdict]:
+def verdicts(effects: Sequence[Effect], matters: float, alpha: float = 1-LEVEL) -> list[Verdict]:
     """What can be said of all of `effects` at once: the chance of any wrong 'helped' or 'hurt' is at most `alpha` (Holm).
 
     'No difference larger than x' where the interval of level 1 − alpha/len(effects) lies within `matters` about 0. Else the seeds that would tell: an effect as
     large as measured less a standard error, or `matters` if that is more, in 9 cases of 10."""
     found = holm([e.p if e.seeds >= LEAST else 1. for e in effects], alpha)
-    return [_verdict(e, f, matters, alpha/len(effects), unit) for e, f in zip(effects, found)]
+    return [_verdict(e, f, matters, alpha/len(effects)) for e, f in zip(effects, found)]
 
 
-def _verdict(e: Effect, found: bool, matters: float, alpha: float, unit: str) -> Verdict:
+def _verdict(e: Effect, found: bool, matters: float, alpha: float) -> Verdict:
     if found: return Verdict(word := 'helped' if e.value > 0 else 'hurt', word)
     if e.seeds < LEAST: return Verdict('not resolved', f'not resolved: {e.seeds} seed{"s do" if e.seeds > 1 else " does"} not tell how far seeds vary, {LEAST} do', LEAST)
     lo, hi = e.interval(1-alpha)
-    if -matters < lo and hi < matters: return Verdict('no difference', f'no difference larger than {100*max(-lo, hi):.1f} {unit}')
+    if -matters < lo and hi < matters: return Verdict('no difference', f'no difference larger than {100*max(-lo, hi):.1f} points')
     size = max(matters, abs(e.value)-e.se)          # as large as it seems, less what may be luck
     seeds = e.needs(size, alpha)
     if math.isfinite(seeds): return Verdict('not resolved', f'not resolved: about {max(1, seeds-e.seeds)} more seeds would', max(seeds, e.seeds+1))

@@ -62,7 +62,7 @@ def lr_find(lrs, losses, suggestion=None) -> str:
             left = math.log(suggestion) > np.log([lrs[0], lrs[-1]]).mean()
             ax.annotate(f'{suggestion:.1e}', (suggestion, 1), (-5 if left else 5, -2), xycoords=blended_transform_factory(ax.transData, ax.transAxes),
                         textcoords='offset points', va='top', ha='right' if left else 'left', color=SERIES[1])
-    return _svg(draw)
+    return svg(draw)
 
 
 def schedule(rates) -> str:
@@ -72,14 +72,14 @@ def schedule(rates) -> str:
         ax.set(xlabel='batch', ylabel='learning rate', ylim=(0, None))
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:.2g}'))
-    return _svg(draw)
+    return svg(draw)
 
 
 def confusion(matrix, labels) -> str:
     "Rows are the truth, columns the prediction; the stronger a cell, the larger its share of the row; counts for up to 20 classes."
     m = np.asarray(matrix)
     share = m/np.maximum(m.sum(1, keepdims=True), 1)
-    n, names = len(m), [_short(o) for o in labels]
+    n, names = len(m), [short(o) for o in labels]
 
     def draw(ax):
         if n <= MOST_COUNTS: _cells(ax, m, share)
@@ -93,7 +93,7 @@ def confusion(matrix, labels) -> str:
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
     side = 4.6 if n <= 10 else 6.4 if n <= 20 else 8
-    return _svg(draw, (side, side))
+    return svg(draw, (side, side))
 
 
 def intervals(rows) -> str:
@@ -108,7 +108,7 @@ def intervals(rows) -> str:
                 y = i + .26*(j-(len(kinds)-1)/2)
                 ax.plot([e.lo, e.hi], [y, y], color=SERIES[j], lw=3, solid_capstyle='round', alpha=.45)
                 ax.plot([e.value], [y], 'os'[j % 2], color=SERIES[j], ms=6, label=kind if i == 0 else None)
-        ax.set_yticks(range(len(rows)), [_short(name) for name, _ in rows], fontsize=11)
+        ax.set_yticks(range(len(rows)), [short(name) for name, _ in rows], fontsize=11)
         ax.tick_params(axis='y', labelcolor=INK)
         low, high = min(e.lo for e in ends), max(e.hi for e in ends)
         pad = max(.01, .06*(high-low))
@@ -117,8 +117,8 @@ def intervals(rows) -> str:
         ax.spines['left'].set_visible(False)
         ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100*v:.4g} %' if v <= 1.0001 else ''))
-        _legend(ax, 24)
-    return _svg(draw, (5.3, .6+.5*len(rows)))
+        legend(ax, 24)
+    return svg(draw, (5.3, .6+.5*len(rows)))
 
 
 COSTS = dict(size_bytes=(1e6, 'size of the .onnx, MB'), latency_ms=(1, 'one image on one thread, ms'))
@@ -128,8 +128,8 @@ def tradeoff(stages, cost: str, most: float | None = None) -> str:
     "Accuracy of each stage, with its interval, against what it costs: 'size_bytes' or 'latency_ms'; a hollow mark was not kept. `most`: what it may cost, in MB or ms."
     def draw(ax):
         draw_tradeoff(ax, stages, cost, most)
-        _legend(ax, 36)
-    return _svg(draw)
+        legend(ax, 36)
+    return svg(draw)
 
 
 def draw_tradeoff(ax, stages, cost: str, most: float | None = None, colours=SERIES, soft=SOFT):
@@ -140,14 +140,19 @@ def draw_tradeoff(ax, stages, cost: str, most: float | None = None, colours=SERI
         colour, kept = colours[i % len(colours)], field_of(s, 'kept')
         points.append((x, 100*e.value))
         ax.errorbar([x], [100*e.value], [[100*(e.value-e.lo)], [100*(e.hi-e.value)]], color=colour, fmt='o', ms=8, lw=1.2, zorder=3,
-                    mfc=colour if kept else 'none', label=_short(field_of(s, 'name')) + ('' if kept else ' (not kept)'))
+                    mfc=colour if kept else 'none', label=short(field_of(s, 'name')) + ('' if kept else ' (not kept)'))
     front = [p for p in sorted(points) if not any(x <= p[0] and y >= p[1] and (x, y) != p for x, y in points)]
     ax.plot(*zip(*front), color=soft, lw=1, ls=':', zorder=2)
     if most is not None: ax.axvline(most, color=soft, lw=1, ls='--')
     ax.set(xscale='log', xlabel=label, ylabel='accuracy, %')
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
+    ticks_of_log(ax.xaxis)
+
+
+def ticks_of_log(axis, form: str = 'g'):
+    "1, 2, 5, 10, … on a logarithmic axis, as plain numbers."
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: format(v, form)))
 
 
 def _curves(fits, wanted, ylabel):
@@ -166,8 +171,8 @@ def _curves(fits, wanted, ylabel):
         ax.set(xlabel='epoch', ylabel=ylabel or '', xlim=(.7, max(starts[-1], 1)+.3))
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(5))
-        _legend(ax, 36)
-    return _svg(draw)
+        legend(ax, 36)
+    return svg(draw)
 
 
 def _mark(ax, fits, starts):
@@ -190,7 +195,7 @@ def _cells(ax, m, share):
             if m[i, j]: ax.text(j, i, f'{m[i, j]}', ha='center', va='center', fontsize=11 if n <= 10 else 8.5, color=ON if share[i, j] > .5 else INK)
 
 
-def _legend(ax, below: float):
+def legend(ax, below: float):
     "The names of the lines, so many points below the axes."
     down = ScaledTranslation(0, -below/72, ax.figure.dpi_scale_trans)
     ax.legend(loc='upper center', bbox_to_anchor=(.5, 0), bbox_transform=ax.transAxes + down, ncols=2, frameon=False, labelcolor=INK, borderaxespad=0)
@@ -200,10 +205,12 @@ def _words(column: str) -> str:
     return {'train_loss': 'training loss', 'valid_loss': 'validation loss'}.get(column, column.removesuffix('_score').replace('_', ' '))
 
 
-def _short(name) -> str: return name if len(name := str(name)) <= LABEL else name[:LABEL-1] + '…'
+def short(name) -> str:
+    "A name as an axis shows it."
+    return name if len(name := str(name)) <= LABEL else name[:LABEL-1] + '…'
 
 
-def _svg(draw, size=(5.3, 3.3)) -> str:
+def svg(draw, size=(5.3, 3.3)) -> str:
     "Call `draw(axes)` and return the figure as SVG that needs nothing from outside itself."
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.simplefilter('ignore')          # a glyph that matplotlib's font lacks: the browser's has it
