@@ -64,6 +64,14 @@ class Found:
         new, own = np.cumsum(kept)-1, {n: [o for o, k in zip(getattr(self, n), kept) if k] for n in ('files', 'labels', 'digests', 'sides', 'keys')}
         return replace(self, near=new[self.near[np.asarray(kept)[self.near].all(1)]], **own)
 
+    def split(self, valid: float, test: float, seed: int) -> list[str]:
+        "A side for each: the given one where there are any, and what those lack is taken from `train`."
+        if not any(self.sides): return split(self.keys, self.labels, valid, test, seed)
+        want = {'valid': 0 if 'valid' in self.sides else valid, 'test': 0 if 'test' in self.sides else test}
+        sides, inside = list(self.sides), [i for i, s in enumerate(self.sides) if s == 'train']
+        for i, s in zip(inside, split([self.keys[i] for i in inside], [self.labels[i] for i in inside], seed=seed, **want)): sides[i] = s
+        return sides
+
     def holdings(self, sides: list[str]) -> Holdings:
         "What there is on each side."
         counts = {c: {s: 0 for s in SIDES} for c in sorted(set(self.labels))}
@@ -95,9 +103,8 @@ def image_folder(path, *, size: int = 224, bs: int = 64, valid: float | list[str
     check_loaders(size, bs, resize)
     check_shares(0 if (explicit := assigned(valid)) else valid, test)
     found = found_in(path, valid if explicit else None, groups, near_duplicates, progress)
-    sides = found.sides if explicit or any(found.sides) else ['']*len(found.files)
     if isinstance(valid, (str, Path)): test = 0.               # a CSV says it of every image
-    sides = _take_missing(sides, found.keys, found.labels, 0 if explicit else valid, test, seed) if any(sides) else split(found.keys, found.labels, valid, test, seed)
+    sides = found.split(0 if explicit else valid, test, seed)
     if 'valid' not in sides:
         way = 'name at least one that is there' if explicit else 'give each class at least 2 images and a share above 0'
         raise BadValue(f'valid: no image is left to validate on with valid={_shown(valid)}; {way}')
@@ -207,14 +214,6 @@ def _check_groups(told, files, sides, named):
     for p, s, g in zip(files, sides, named):
         other, there = where.setdefault(g, (p, s)) if g is not None else (p, s)
         if there != s: raise BadValue(f'groups: {g!r} is on two sides: {told.name(other)} in {there or "train"}, {told.name(p)} in {s or "train"}; give all of a group the same')
-
-
-def _take_missing(sides, keys, labels, valid, test, seed):
-    "Take from the training images given the sides that were not."
-    sides, want = list(sides), {'valid': 0 if 'valid' in sides else valid, 'test': 0 if 'test' in sides else test}
-    inside = [i for i, s in enumerate(sides) if s == 'train']
-    for i, s in zip(inside, split([keys[i] for i in inside], [labels[i] for i in inside], seed=seed, **want)): sides[i] = s
-    return sides
 
 
 def _notes(counts, digests, labels, sides) -> list[str]:

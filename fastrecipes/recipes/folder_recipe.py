@@ -32,8 +32,7 @@ class FolderRecipe:
     def of(cls, path, groups, near_duplicates, valid: float, test: float, seed: int, loaders: dict, fit: dict, always: dict) -> 'FolderRecipe':
         "Of the folder `path`, decoded once; split as it is given, else by `seed`."
         found = found_in(path, None, groups, near_duplicates)
-        sides = found.sides if all(found.sides) else split(found.keys, found.labels, valid, test, seed)
-        return cls(found, tuple(sides), loaders, fit, dict(cache=True) | always)
+        return cls(found, tuple(found.split(valid, test, seed)), loaders, fit, dict(cache=True) | always)
 
     @staticmethod
     def check(path, valid: float, test: float, loaders: dict, fit: dict, why: str):

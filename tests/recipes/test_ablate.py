@@ -1,6 +1,7 @@
 "Which techniques help: found where planted, kept from run to run, the same in one process and in several."
 import csv
 import os
+import shutil
 import sys
 import time
 from threading import Thread
@@ -12,10 +13,12 @@ import pytest
 from cloudpickle import register_pickle_by_value, unregister_pickle_by_value
 
 from fastrecipes.cli import main
+from fastrecipes.data.folders import image_folder
 from fastrecipes.errors import BadName, BadValue
 from fastrecipes.recipes import ablate as module
 from fastrecipes.recipes.ablate import ablate
 from fastrecipes.recipes.arms import Arm, Outcome
+from fastrecipes.recipes.folder_recipe import FolderRecipe
 from fastrecipes.report.evidence import Scored
 
 PLANTED = dict(mixup=.1, ema=-.1, cutout=0.)
@@ -190,6 +193,19 @@ def test_arms_of_a_seed_share_split_weights_and_order(digit_folder):
     assert not np.array_equal(r.runs[Arm(), 0].test.probabilities, r.runs[Arm(), 1].test.probabilities)
     assert np.array_equal(r.runs[Arm(), 0].test.targets, r.runs[Arm(), 1].test.targets)
     assert {f.effects['accuracy'].value for f in r.findings} == {0.}
+
+
+def test_a_folder_that_is_split_in_part_is_split_as_image_folder_does(digit_folder, tmp_path):
+    "Given train and test, what validates is taken from train."
+    for i, file in enumerate(sorted(digit_folder.rglob('*.png'))):
+        there = tmp_path/('test' if i % 4 == 0 else 'train')/file.parent.name
+        there.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, there)
+    how = dict(size=16, bs=16, resize='crop')
+    mine = FolderRecipe.of(tmp_path, None, 'warn', .3, .2, 42, how, dict(epochs=1), {})._loaders(seed=1)
+    theirs = image_folder(tmp_path, valid=.3, test=.2, seed=42, **how)
+    assert [len(d.items) for d in mine.loaders] == [len(d.items) for d in theirs.loaders] and all(len(d.items) for d in mine.loaders)
+    assert [set(d.items) for d in mine.loaders] == [set(d.items) for d in theirs.loaders]
 
 
 @pytest.mark.parametrize('change, error, says', [
