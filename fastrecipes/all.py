@@ -64,6 +64,7 @@ from fastrecipes.recipes.compress import *
 from fastrecipes.recipes.ensemble import *
 from fastrecipes.recipes.learning_curve import *
 from fastrecipes.recipes.pipeline import *
+from fastrecipes.recipes.recommend import *
 from fastrecipes.recipes.self_training import *
 from fastrecipes.recipes.serve import *
 from fastrecipes.recipes.ship import *

@@ -21,6 +21,7 @@ COMMANDS = {
     'pipeline': 'fastrecipes.recipes.pipeline:pipeline',
     'image-classifier': 'fastrecipes.recipes.classify:image_classifier',
     'cross-validate': 'fastrecipes.recipes.validate:cross_validate',
+    'recommend': 'fastrecipes.recipes.recommend:recommend',
     'ablate': 'fastrecipes.recipes.ablate:ablate',
     'learning-curve': 'fastrecipes.recipes.learning_curve:learning_curve',
     'noisy-student': 'fastrecipes.recipes.self_training:noisy_student',

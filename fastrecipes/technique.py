@@ -23,7 +23,7 @@ __all__ = ['STAGES', 'TECHNIQUES', 'RECIPE_PARAMETERS', 'Technique', 'Applied', 
            'plan', 'discover', 'check_changeable']
 
 STAGES = ('data', 'model', 'loss', 'optim', 'train')
-RECIPE_PARAMETERS = frozenset('path arch epochs lr size bs valid test pretrained weights schedule seed out workers overwrite'.split())
+RECIPE_PARAMETERS = frozenset('path arch epochs lr size bs valid test pretrained weights freeze schedule techniques seed out workers overwrite'.split())
 TECHNIQUES: dict[str, 'Technique'] = {}
 
 

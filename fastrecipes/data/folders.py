@@ -101,6 +101,16 @@ def image_folder(path, *, size: int = 224, bs: int = 64, valid: float | list[str
     training, fewer training images than `bs`; files that are not there or not listed, a group that was given two sides."""
     check_types(image_folder, locals())
     check_loaders(size, bs, resize)
+    found, sides = found_and_split(path, valid, test, groups, near_duplicates, seed, progress)
+    dls = loaders_of(found, sides, size=size, bs=bs, resize=resize, seed=seed, workers=workers, device=device)
+    if not cache: return dls
+    held, effect = cached(dls, None if cache is True else cache)
+    if held is dls: print(f'cache: {effect}')
+    return held
+
+
+def found_and_split(path, valid=.2, test: float = .1, groups=None, near_duplicates: NearDuplicates = 'warn', seed: int = 42, progress=None) -> tuple[Found, list[str]]:
+    "The images of a folder and the side of each, by the arguments of `image_folder`."
     check_shares(0 if (explicit := assigned(valid)) else valid, test)
     found = found_in(path, valid if explicit else None, groups, near_duplicates, progress)
     if isinstance(valid, (str, Path)): test = 0.               # a CSV says it of every image
@@ -108,11 +118,7 @@ def image_folder(path, *, size: int = 224, bs: int = 64, valid: float | list[str
     if 'valid' not in sides:
         way = 'name at least one that is there' if explicit else 'give each class at least 2 images and a share above 0'
         raise BadValue(f'valid: no image is left to validate on with valid={_shown(valid)}; {way}')
-    dls = loaders_of(found, sides, size=size, bs=bs, resize=resize, seed=seed, workers=workers, device=device)
-    if not cache: return dls
-    held, effect = cached(dls, None if cache is True else cache)
-    if held is dls: print(f'cache: {effect}')
-    return held
+    return found, sides
 
 
 def _shown(valid) -> str: return getattr(valid, '__name__', None) or f'[{len(valid)} files]' if not isinstance(valid, (int, float, str)) else repr(valid)

@@ -15,6 +15,7 @@ from fastrecipes.data.loaders import as_dataloaders
 from fastrecipes.data.pixels import Resize
 from fastrecipes.data.scan import check_root
 from fastrecipes.errors import BadValue, nearest
+from fastrecipes.recipes.recommend import takes_recommended
 from fastrecipes.report.evidence import Row, gather, keep_run, score
 from fastrecipes.report.history import history, lines_unless_terminal
 from fastrecipes.report.run_folder import RunFolder
@@ -30,18 +31,22 @@ __all__ = ['image_classifier', 'check_recipe', 'Schedule', 'USUAL']
 
 Schedule = Literal[SCHEDULES]
 USUAL = dict(augment=True, label_smoothing=.1)      # what the recipe switches on unless told otherwise
+HEAD = 'new head, body frozen'                      # the title of a fit
 
 
 @partial(checked, techniques=discover)
+@takes_recommended
 def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64,
                      valid: float | list[str] | str | Callable = .2, test: float = .1, groups: str | Callable | None = None, near_duplicates: NearDuplicates = 'warn',
-                     resize: Resize = 'crop', pretrained: bool = True, weights: str | None = None, schedule: Schedule = 'flat_cos', seed: int = 42, workers: int | None = None,
-                     out: str | None = None, overwrite: bool = False, **techniques) -> Learner:
+                     resize: Resize = 'crop', pretrained: bool = True, weights: str | None = None, freeze: bool = False, schedule: Schedule = 'flat_cos',
+                     techniques: Literal['recommended'] | None = None, seed: int = 42, workers: int | None = None, out: str | None = None, overwrite: bool = False,
+                     **switched) -> Learner:
     """Train a network on a folder of images, `path/<class>/*`, and return the fitted Learner.
 
     Every technique is a keyword: `mixup=.4`, `balance='upsampling'`, `augment=dict(flip=False)`; `augment` and `label_smoothing` are
     on unless switched off (`augment=False`). With `pretrained`, a new head is trained for one epoch, then everything for `epochs`,
-    earlier layers at lower rates. Raises `TypeError` for an unknown technique or network, before any data are read.
+    earlier layers at lower rates. `techniques='recommended'` uses what `recommend` says of the folder wherever the call says nothing else.
+    Raises `TypeError` for an unknown technique or network, before any data are read.
 
     Args:
         path: the folder; or fastai `DataLoaders`, a torch `Dataset`, a tuple of torch datasets or loaders
@@ -57,16 +62,17 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
         resize: how images get their size: crop, squish or pad
         pretrained: start from trained weights
         weights: a file of weights of `arch` to start from, instead of those that it comes with (.pth, .pt or .safetensors)
+        freeze: train the new head alone, all `epochs`; the body stays as it came
         schedule: how the rate moves: constant, step, decay, cos, flat_cos, sgdr (warm restarts) or one_cycle
+        techniques: recommended, for those and the settings that `fastrecipes recommend` prints; what is given here wins
         seed: of the split and of every draw
         workers: processes that decode images
         out: the run folder; a run that was cut off there goes on
         overwrite: replace the run in that folder
     """
-    asked = dict(locals())
-    todo = plan({**USUAL, **techniques})
-    check_recipe(path, arch, epochs, lr, schedule)
-    if groups is not None and not isinstance(path, (str, Path)): raise BadValue(f'groups: found in the names of files, and path is {type(path).__name__}; give a folder of images')
+    asked = {k: v for k, v in locals().items() if k not in ('techniques', 'switched')} | switched
+    todo = plan({**USUAL, **switched})
+    check_recipe(path, arch, epochs, lr, schedule, groups, freeze and not pretrained and weights is None)
     if 'to_distributed' not in {t.name for t, _ in todo}: one_process('image_classifier without to_distributed')
 
     seed_everything(seed)
@@ -76,7 +82,7 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     with RunFolder.open('image-classifier', asked, out, overwrite, defaults=image_classifier).under_way() if out else nullcontext() as run:
         if run: run.note_data(dls)
         learn = made(dls, arch, net, seed, todo)
-        train(learn, epochs, lr, schedule, pretrained or weights is not None)
+        train(learn, epochs, lr, schedule, pretrained or weights is not None, freeze)
 
         if run:
             scored = score(learn)
@@ -92,21 +98,25 @@ def made(dls, arch: str, net, seed: int, todo) -> Learner:
     return learn
 
 
-def train(learn: Learner, epochs: int, lr: float | str = 'find', schedule: Schedule = 'flat_cos', pretrained: bool = False, title: str = 'all layers'):
-    "Find a rate if asked, then fit: from scratch all at once; `pretrained`, one epoch of the new head first, then earlier layers at lower rates."
-    rates = begun(learn, lr, schedule, pretrained)
-    history(learn).title = title
+def train(learn: Learner, epochs: int, lr: float | str = 'find', schedule: Schedule = 'flat_cos', pretrained: bool = False, freeze: bool = False, title: str = 'all layers'):
+    "Find a rate if asked, then fit: from scratch all at once; `pretrained`, one epoch of the new head first, then earlier layers at lower rates; with `freeze` the head alone."
+    rates = rate_of(learn, lr) if freeze else begun(learn, lr, schedule, pretrained)
+    history(learn).title = HEAD if freeze else title
     fit_by(learn, schedule, epochs, rates)
+
+
+def rate_of(learn: Learner, lr: float | str) -> float:
+    "The rate that was given, or the one that is found."
+    if lr != 'find': return lr
+    history(learn).found = remember('learning rate', lambda: find_lr(learn))
+    return history(learn).found.lr
 
 
 def begun(learn: Learner, lr: float | str, schedule: str, pretrained: bool) -> float | slice:
     "The rates of a fit of all layers: found if asked; of a pretrained network lower ones for earlier layers, after an epoch in which its new head was trained."
-    past = history(learn)
-    if lr == 'find':
-        past.found = remember('learning rate', lambda: find_lr(learn))
-        lr = past.found.lr
+    lr = rate_of(learn, lr)
     if not pretrained: return lr
-    past.title = 'new head, body frozen'
+    history(learn).title = HEAD
     fit_by(learn, schedule, 1, lr)
     learn.unfreeze()
     return slice(lr/10, lr/2)
@@ -118,8 +128,10 @@ def check_fit(epochs: int, lr: float | str):
     if lr != 'find' and (isinstance(lr, str) or not lr > 0): raise BadValue(f"lr: a number above 0, or 'find', got {lr!r}")
 
 
-def check_recipe(path, arch, epochs, lr, schedule):
+def check_recipe(path, arch, epochs, lr, schedule, groups=None, drawn_and_frozen: bool = False):
     "Raise for what can be told wrong before any data are read and any weights fetched."
+    if groups is not None and not isinstance(path, (str, Path)): raise BadValue(f'groups: found in the names of files, and path is {type(path).__name__}; give a folder of images')
+    if drawn_and_frozen: raise BadValue('freeze: the body would stay as it was drawn; start from trained weights (pretrained or weights)')
     if isinstance(path, (str, Path)): check_root(path)
     check_arch(arch)
     check_fit(epochs, lr)

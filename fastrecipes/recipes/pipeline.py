@@ -1,13 +1,16 @@
 "From a folder of images to a trained, verified, shipped model with a report that compares it with plain fastai."
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from fastai.basics import Learner
 from fastai.metrics import BalancedAccuracy, accuracy
 from fastcore.xdg import xdg_cache_home
 
 from fastrecipes.arguments import checked
+from fastrecipes.data.folders import NearDuplicates
 from fastrecipes.data.keyed import KeyedDL
 from fastrecipes.data.loaders import as_dataloaders
 from fastrecipes.data.pixels import Resize
@@ -17,6 +20,7 @@ from fastrecipes.production.bundle import Bundle
 from fastrecipes.production.gate import Compressed
 from fastrecipes.recipes.classify import USUAL, Schedule, check_recipe, image_classifier
 from fastrecipes.recipes.compress import Quantize, check_compression, compress
+from fastrecipes.recipes.recommend import takes_recommended
 from fastrecipes.recipes.ship import ship
 from fastrecipes.report.evidence import Row, Scored, differences, gather, held_out, keep_run, score
 from fastrecipes.report.history import history, lines_unless_terminal
@@ -48,11 +52,13 @@ class Shipped:
 
 
 @partial(checked, techniques=discover)
-def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, valid: float = .2,
-             test: float = .1, resize: Resize = 'crop', pretrained: bool = True, weights: str | None = None, schedule: Schedule = 'flat_cos',
+@takes_recommended
+def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, valid: float | list[str] | str | Callable = .2,
+             test: float = .1, groups: str | Callable | None = None, near_duplicates: NearDuplicates = 'warn', resize: Resize = 'crop', pretrained: bool = True,
+             weights: str | None = None, freeze: bool = False, schedule: Schedule = 'flat_cos', techniques: Literal['recommended'] | None = None,
              seed: int = 42, workers: int | None = None, baseline: bool = True, student: str | None = None, prune: float | bool | None = None,
              quantize: Quantize | bool | None = 'static', tolerance: float = .5, max_mb: float | None = None, max_ms: float | None = None, minutes: float | None = None,
-             control: bool = False, compress_epochs: int | None = None, out: str | None = None, overwrite: bool = False, **techniques) -> Shipped:
+             control: bool = False, compress_epochs: int | None = None, out: str | None = None, overwrite: bool = False, **switched) -> Shipped:
     """Train a network on a folder of images, compare it with plain fastai on images neither saw, compress it, and ship it as a verified bundle.
 
     Takes what `image_classifier` takes, techniques included, and leaves a run folder: `report.html`, `bundle/`, `learner.pkl`,
@@ -65,12 +71,16 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
         lr: the highest learning rate, or 'find'
         size: width and height of the images, in px
         bs: images a batch
-        valid: share of each class held out to validate on, 0 to 1
+        valid: share of each class held out to validate on, 0 to 1; or a CSV with the columns file and split (train, valid or test), or a list of files
         test: share of each class held out for the final test, 0 to 1
+        groups: a regular expression that finds in a file's name who or what is in the picture, or a column of the CSV; no group lies on two sides
+        near_duplicates: together keeps pictures that look the same on one side; warn only tells of them
         resize: how images get their size: crop, squish or pad
         pretrained: start from trained weights
         weights: a file of weights of `arch` to start from, instead of those that it comes with (.pth, .pt or .safetensors)
+        freeze: train the new head alone, all `epochs`; the body stays as it came
         schedule: how the rate moves: constant, step, decay, cos, flat_cos, sgdr (warm restarts) or one_cycle
+        techniques: recommended, for those and the settings that `fastrecipes recommend` prints; what is given here wins
         seed: of the split and of every draw
         workers: processes that decode images
         baseline: train plain fastai on the same images for as many epochs, to compare with
@@ -86,9 +96,9 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
         out: the run folder; a run that was cut off there goes on (default: runs/pipeline-<date-time>)
         overwrite: replace the run in that folder
     """
-    asked = dict(locals())
-    plan({**USUAL, **techniques})
-    check_recipe(path, arch, epochs, lr, schedule)
+    asked = {k: v for k, v in locals().items() if k not in ('techniques', 'switched')} | switched
+    plan({**USUAL, **switched})
+    check_recipe(path, arch, epochs, lr, schedule, groups, freeze and not pretrained and weights is None)
     one_process('pipeline')
     if (max_mb, max_ms) != (None, None) and prune is None: prune = True
     how = dict(max_mb=max_mb, max_ms=max_ms, minutes=minutes, control=control, tolerance=tolerance)
@@ -97,11 +107,11 @@ def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str =
         if name: backbone(name, pretrained, what, file)     # weights that cannot be fetched: say so before an hour of work
 
     seed_everything(seed)
-    data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, resize=resize, seed=seed, workers=workers)
+    data = as_dataloaders(path, size=size, bs=bs, valid=valid, test=test, groups=groups, near_duplicates=near_duplicates, resize=resize, seed=seed, workers=workers)
     if not hasattr(data, 'holdings'): raise BadValue('path: pipeline ships what reads image files; give a folder, or DataLoaders made by image_folder')
     with RunFolder.open('pipeline', asked, out, overwrite, defaults=pipeline).under_way() as run:
         run.note_data(data)
-        learn = image_classifier(data, arch, epochs=epochs, lr=lr, pretrained=pretrained, weights=weights, schedule=schedule, seed=seed, **techniques)
+        learn = image_classifier(data, arch, epochs=epochs, lr=lr, pretrained=pretrained, weights=weights, freeze=freeze, schedule=schedule, seed=seed, **switched)
         scored = score(learn)
         rows, plain = [Row.of('recipe', scored, history(learn).seconds)], None
         if baseline:
