@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 
 from fastprogress.fastprogress import format_time
+from matplotlib.figure import Figure
 
 from fastrecipes.arguments import checked
 from fastrecipes.data.folders import NearDuplicates
@@ -19,10 +20,12 @@ from fastrecipes.recipes.ablating import Kept, Training, pool_of
 from fastrecipes.recipes.arms import METRICS, Arm, Comparison, Finding, arms, chosen, comparisons, effect, findings, named
 from fastrecipes.recipes.classify import USUAL, Schedule, image_classifier
 from fastrecipes.recipes.folder_recipe import FolderRecipe, check_runs, cores
+from fastrecipes.report.effect_plots import draw_forest, draw_worth
 from fastrecipes.report.effects import Effect, crossed
 from fastrecipes.report.evidence import data_of
 from fastrecipes.report.intervals import Estimate
 from fastrecipes.report.page import Report, write_page
+from fastrecipes.report.plots import PLAIN
 from fastrecipes.report.run_folder import RunFolder, command_line
 from fastrecipes.report.tables import aligned
 from fastrecipes.technique import discover, plan
@@ -34,7 +37,7 @@ __all__ = ['Ablation', 'ablate']
 @dataclass
 class Ablation:
     """What `ablate` found: `.findings`, two for each technique; `.recommended`, those that help on the validation images, with `.gain` on the test images over
-    the baseline (None: not trained together, or none helps) and `.command` that trains with them. `.stopped`: technique and place → why it was given up.
+    the baseline (None: not trained together, or none helps) and `.command` that trains with them; `.plot()`. `.stopped`: technique and place → why it was given up.
     `.runs`: (techniques that were on, number of the seed) → `Outcome`. Printed, it is a table."""
     path: Path | None
     names: list[str]
@@ -60,6 +63,14 @@ class Ablation:
         "The course of the accuracy on the validation images over the epochs, run by run, of the single techniques, of all, and of the baseline."
         shown = [*map(Arm, zip(self.names)), Arm(self.names), Arm()]
         return {named(arm, self.names): [o.curve for (a, _), o in self.runs.items() if a == arm and o.curve] for arm in dict.fromkeys(shown)}
+
+    def plot(self) -> Figure:
+        "The effects with their intervals, filled where they are resolved, and what each technique gains against the time it takes. Returns the figure."
+        fig = Figure(figsize=(10, 1.6+.4*len(self.names)), layout='constrained')
+        left, right = fig.subplots(1, 2)
+        draw_forest(left, self.findings, PLAIN)
+        draw_worth(right, self.findings, PLAIN)
+        return fig
 
     @property
     def headline(self) -> str:

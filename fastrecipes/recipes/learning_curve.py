@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from fastrecipes.arguments import checked
@@ -16,10 +17,12 @@ from fastrecipes.recipes.ablating import Kept, Training, pool_of
 from fastrecipes.recipes.arms import Arm
 from fastrecipes.recipes.classify import USUAL, Schedule
 from fastrecipes.recipes.folder_recipe import FolderRecipe, check_runs, cores
+from fastrecipes.report.effect_plots import draw_error
 from fastrecipes.report.effects import crossed
 from fastrecipes.report.evidence import data_of
 from fastrecipes.report.intervals import LEVEL, Difference, Estimate
 from fastrecipes.report.page import Report, write_page
+from fastrecipes.report.plots import PLAIN
 from fastrecipes.report.run_folder import RunFolder
 from fastrecipes.technique import discover, plan
 from fastrecipes.training.distributed import one_process
@@ -30,7 +33,7 @@ __all__ = ['LearningCurve', 'learning_curve', 'power_law']
 @dataclass
 class LearningCurve:
     """What `learning_curve` measured: `.images` trained on, `.estimates` of the accuracy on the test images, `.exponent` of the power law by which the error falls,
-    `.twice`: how much more accuracy twice as many images would bring, if it goes on as it went. Printed, it is a table."""
+    `.twice`: how much more accuracy twice as many images would bring, if it goes on as it went; `.plot()`. Printed, it is a table."""
     path: Path | None
     images: list[int]
     estimates: list[Estimate]
@@ -42,6 +45,12 @@ class LearningCurve:
         rows = [('images', 'accuracy'), *((f'{n:,}', str(e)) for n, e in zip(self.images, self.estimates))]
         width = max(len(r[0]) for r in rows)
         return '\n'.join(['', *(f'{n.rjust(width)}  {e}' for n, e in rows), '', self.advice, *(['', f'report: {self.path/"report.html"}'] if self.path else [])])
+
+    def plot(self) -> Figure:
+        "The error by the number of images, both on logarithmic scales, and the line that goes on to twice as many. Returns the figure."
+        fig = Figure(figsize=(5.3, 3.3), layout='constrained')
+        draw_error(fig.add_subplot(), self.images, self.errors, self.exponent, PLAIN)
+        return fig
 
     @property
     def advice(self) -> str:

@@ -72,8 +72,8 @@ class Mirror:
 
     @property
     def harms(self) -> bool:
-        "Whether mirroring makes something else of a picture: learning mirror images harms, or they are mistaken and learning them is of no use."
-        return self.z > 2.3 or (self.mirrored < self.plain/2 and self.learnt <= self.plain)
+        "Whether mirroring makes something else of a picture: learning mirror images harms, or they are mistaken for others and learning them is of no clear use."
+        return self.z > 2.3 or (self.mirrored < self.plain/2 and self.z > -2)
 
     def __str__(self): return f'{percent(self.plain)} are told apart as they are, {percent(self.mirrored)} mirrored, and {percent(self.learnt)} where mirror images are learnt, too'
 

@@ -7,6 +7,7 @@ import re
 import warnings
 from hashlib import blake2b
 from itertools import accumulate
+from types import SimpleNamespace
 
 import numpy as np
 from matplotlib import rc_context
@@ -20,6 +21,8 @@ __all__ = ['losses', 'metrics', 'lr_find', 'schedule', 'confusion', 'intervals',
 INK, SOFT, LINE, ON = '#010101', '#020202', '#030303', '#040404'
 SERIES = ('#050505', '#060606', '#070707', '#080808')
 VARIABLES = {INK: '--ink', SOFT: '--soft', LINE: '--line', ON: '--on', **{c: f'--c{i}' for i, c in enumerate(SERIES, 1)}}
+PAGE = SimpleNamespace(ink=INK, soft=SOFT, line=LINE, series=SERIES)
+PLAIN = SimpleNamespace(ink='.1', soft='.45', line='.8', series=('C0', 'C1', 'C2', 'C3'))          # on a figure of matplotlib's
 STYLES = ('-', '--', '-.', ':')                 # a second cue beside colour
 MOST_COUNTS = 20                                # classes up to which a confusion matrix prints its counts
 LABEL = 18                                      # letters of a class name that are shown on an axis
@@ -195,10 +198,10 @@ def _cells(ax, m, share):
             if m[i, j]: ax.text(j, i, f'{m[i, j]}', ha='center', va='center', fontsize=11 if n <= 10 else 8.5, color=ON if share[i, j] > .5 else INK)
 
 
-def legend(ax, below: float):
+def legend(ax, below: float, ink=INK):
     "The names of the lines, so many points below the axes."
     down = ScaledTranslation(0, -below/72, ax.figure.dpi_scale_trans)
-    ax.legend(loc='upper center', bbox_to_anchor=(.5, 0), bbox_transform=ax.transAxes + down, ncols=2, frameon=False, labelcolor=INK, borderaxespad=0)
+    ax.legend(loc='upper center', bbox_to_anchor=(.5, 0), bbox_transform=ax.transAxes + down, ncols=2, frameon=False, labelcolor=ink, borderaxespad=0)
 
 
 def _words(column: str) -> str:

@@ -53,6 +53,16 @@ def test_what_is_planted_is_found_and_recommended(capsys):
     assert 'seed 5, all but cutout: accuracy 0.' in capsys.readouterr().out
 
 
+def test_the_picture():
+    r = ablate(toy, techniques=dict.fromkeys(PLANTED, True), seeds=4)
+    forest, worth = r.plot().axes
+    assert [t.get_text() for t in forest.get_yticklabels()] == list(PLANTED)
+    drawn = [(line.get_xdata()[0], line.get_markerfacecolor() != 'none') for line in forest.lines if line.get_marker() in 'os']
+    told = sorted(r.findings, key=lambda f: f.comparison.where != 'alone')
+    assert drawn == [(100*f.effects['accuracy'].value, f.verdict.word in ('helped', 'hurt')) for f in told]
+    assert {a.get_text() for a in worth.texts} == set(PLANTED)
+
+
 def test_a_set_that_was_no_arm_is_trained_too():
     planted = PLANTED | dict(cutout=.1)
     def recipe(seed, **techniques):

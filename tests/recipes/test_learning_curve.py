@@ -7,7 +7,7 @@ import pytest
 from fastrecipes.cli import main
 from fastrecipes.errors import BadValue
 from fastrecipes.recipes.folder_recipe import FolderRecipe
-from fastrecipes.recipes.learning_curve import learning_curve, power_law
+from fastrecipes.recipes.learning_curve import LearningCurve, learning_curve, power_law
 
 SMALL = dict(arch='test_resnet', pretrained=False, size=16, bs=16, epochs=1, lr=.01, augment=False)
 
@@ -23,6 +23,14 @@ def test_the_interval_of_twice_as_many_holds_the_truth_as_often_as_it_says():
     truth = 2*800**-.5 - 2*1600**-.5
     held = [e.lo <= truth <= e.hi for e in (power_law(n, 2*n**-.5*np.exp(rng.normal(0, .05, (4, 4))))[1] for _ in range(500))]
     assert .92 <= np.mean(held) <= .98
+
+
+def test_the_line_goes_on_as_the_law_says():
+    n = [100, 200, 400]
+    errors = np.array([2*np.array(n)**-.5]*2)
+    ax = LearningCurve(None, n, [], errors, .5).plot().axes[0]
+    x, y = ax.lines[-1].get_data()
+    assert x[-1] == pytest.approx(800) and np.allclose(y, 200*x**-.5) and np.allclose(ax.lines[0].get_ydata(), 100*errors[0])
 
 
 @pytest.mark.parametrize('images, errors', [([10, 20], [[.1, .2]]), ([20, 10], [[.1, .2]]*2), ([10, 20], [[.1, .2, .3]]*2), ([10], [[.1]]*2)])

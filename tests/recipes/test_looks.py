@@ -70,7 +70,7 @@ def test_mirror_images_that_are_the_same_and_such_that_are_another_class():
     other[:, [0, 1]] = x[:, [1, 0]]                            # the mirror image of one class looks like the other
     swapped = look_at('points', x, other, y, keys(x)).mirror
     assert swapped.mirrored < .15 and swapped.harms and swapped.z > 5
-    assert Mirror(.9, .2, .89, .5).harms and not Mirror(.9, .2, .92, -1.).harms and not Mirror(.5, .4, .49, 1.).harms
+    assert Mirror(.9, .2, .89, .5).harms and not Mirror(.9, .2, .94, -2.5).harms and not Mirror(.5, .4, .49, 1.).harms
 
 
 def test_the_harm_is_mcnemars():
