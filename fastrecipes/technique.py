@@ -14,7 +14,7 @@ import fastai.distributed     # noqa: F401
 import torch
 from fastai.basics import Callback, Learner, camel2snake, patch
 
-from fastrecipes import events, repairs  # noqa: F401  the mends of fastai
+from fastrecipes import loop, repairs  # noqa: F401  the mends of fastai
 from fastrecipes.arguments import bound, check_names, check_types
 from fastrecipes.errors import BadName, BadValue, UserError, nearest
 from fastrecipes.files import writes

@@ -10,7 +10,7 @@ import fastrecipes
 
 ROOT = Path(fastrecipes.__file__).parent
 FLOORS = [{'cli', 'flags', 'cards', '__main__', 'all'}, {'recipes'}, {'report', 'production'}, {'training'}, {'layers'}, {'data'}, {'objective'},
-          {'losses', 'metrics'}, {'technique'}, {'events', 'repairs', 'randomness'}, {'arguments'}, {'errors', 'files'}]
+          {'losses', 'metrics'}, {'technique'}, {'loop', 'repairs', 'randomness'}, {'arguments'}, {'errors', 'files'}]
 FILES = sorted(ROOT.rglob('*.py'))
 
 

@@ -1,9 +1,11 @@
-"Events: the same calls in the same order as fastai's own dispatch, and none to callbacks that do not answer."
+"The loop: the same calls in the same order as fastai's own dispatch, the same record, and none to callbacks that do not answer."
+from types import SimpleNamespace
+
 import pytest
 import torch
-from fastai.basics import Callback, CancelBatchException, CancelStepException, CancelValidException, Learner, nn
+from fastai.basics import AvgSmoothLoss, Callback, CancelBatchException, CancelStepException, CancelValidException, Learner, Recorder, nn
 
-from fastrecipes.events import answers
+from fastrecipes.loop import answers
 
 ALL = 'before_fit before_epoch before_train before_batch after_pred after_loss before_backward after_backward before_step after_step after_batch after_train \
 before_validate after_validate after_epoch after_fit'.split()
@@ -62,6 +64,36 @@ def test_calls_and_their_order_are_fastais(toy, monkeypatch, how):
     monkeypatch.setattr(Learner, '__call__', Learner._orig___call__)
     theirs = run(toy, how)
     assert mine[0] == theirs[0] and len(mine[0]) > 20 and torch.equal(mine[1], theirs[1])
+
+
+@pytest.mark.parametrize('train_metrics', [False, True])
+def test_the_record_is_fastais(toy, monkeypatch, train_metrics):
+    "Losses, rates and rows to the bit, where it cancels a training and where a batch holds more than tensors, too."
+    def record(learn):
+        learn.recorder.train_metrics = train_metrics
+        learn.fit_one_cycle(3, .05)
+        r = learn.recorder
+        return [float(o) for o in r.losses], r.lrs, r.iters, [list(v) for v in r.values], float(learn.smooth_loss)
+    mine = record(toy())
+    for kind, name in ((Recorder, 'after_batch'), (AvgSmoothLoss, 'accumulate'), (Learner, '_set_device'), (Learner, '__call__')):
+        if not hasattr(kind, f'_orig_{name}'): pytest.skip('FASTRECIPES_REPAIRS=0')
+        monkeypatch.setattr(kind, name, getattr(kind, f'_orig_{name}'))
+    assert mine == record(toy()) and len(mine[0]) == 12
+
+
+def test_a_loss_for_each_sample_is_averaged():
+    smooth = AvgSmoothLoss(beta=.5)
+    for loss in (torch.tensor([1., 3.]), torch.tensor(5.)): smooth.accumulate(SimpleNamespace(loss=loss))
+    assert float(smooth.value) == pytest.approx((.25*2 + .5*5)/(1-.5**2))
+
+
+def test_batches_go_where_the_model_is(toy):
+    learn, x = toy(), torch.zeros(2, 4)
+    assert learn._set_device(b := (x, x)) is b
+    moved = learn._set_device([x, dict(a=x)])
+    assert isinstance(moved[1], dict) and torch.equal(moved[0], x)
+    learn.model.to('meta')
+    assert [o.device.type for o in learn._set_device((x, x))] == ['meta', 'meta']
 
 
 def test_who_answers():
