@@ -5,7 +5,7 @@ that there is none. It moves each batch to where it is, and works out its lists 
 from operator import attrgetter
 
 import torch
-from fastai.basics import AvgSmoothLoss, Callback, Learner, Recorder, event, num_distrib, patch
+from fastai.basics import AvgSmoothLoss, Callback, CastToTensor, Learner, OptimWrapper, Recorder, event, num_distrib, patch
 
 from fastrecipes.repairs import REPAIRS
 
@@ -38,17 +38,24 @@ if REPAIRS:
         return self._orig__set_device(b)
 
     @patch
+    def before_batch(self: CastToTensor):
+        "What are plain tensors already is not cast."
+        if any(type(o) is not torch.Tensor for o in (*self.xb, *self.yb)): self._orig_before_batch()
+
+    @patch
     def after_batch(self: Recorder):
         "Note rate and smooth loss of a training batch: the value once, and no list of metrics where there is but the loss."
         if not self.training or self.train_metrics or getattr(self, 'cancel_train', False) or not len(self.yb): return self._orig_after_batch()
         self.smooth_loss.accumulate(self.learn)
-        self.lrs.append(self.opt.hypers[-1]['lr'])
+        opt = self.opt
+        self.lrs.append(opt.opt.param_groups[-1]['lr'] if type(opt) is OptimWrapper else opt.hypers[-1]['lr'])      # which makes dicts of all that a torch optimizer knows
         self.losses.append(value := self.smooth_loss.value)
         self.learn.smooth_loss = value
 
     @patch
     def accumulate(self: AvgSmoothLoss, learn):
         "Of a loss that is one number, and here, there is no mean to take and nothing to gather or to copy."
-        if learn.loss.ndim or not learn.loss.is_cpu or num_distrib(): return self._orig_accumulate(learn)
+        loss = learn.loss
+        if loss.ndim or not loss.is_cpu or num_distrib(): return self._orig_accumulate(learn)
         self.count += 1
-        self.val = torch.lerp(learn.loss.detach(), self.val, self.beta)
+        self.val = torch.lerp(loss.detach(), self.val, self.beta)
