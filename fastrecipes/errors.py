@@ -1,7 +1,7 @@
 "What a user did wrong, in one sentence: who objects, to what, what is allowed, the nearest valid choice."
 from difflib import get_close_matches
 
-__all__ = ['UserError', 'BadValue', 'BadName', 'NotThere', 'PeerGone', 'few', 'nearest']
+__all__ = ['UserError', 'BadValue', 'BadName', 'NotThere', 'PeerGone', 'counted', 'few', 'nearest']
 
 
 class UserError(Exception):
@@ -34,3 +34,8 @@ def few(things, most: int = 5) -> str:
     "The first of `things`, and how many there are: `17, 23, 41, 5, 8, … (64)`."
     things = list(map(str, things))
     return ', '.join(things[:most]) + (f', … ({len(things)})' if len(things) > most else '')
+
+
+def counted(n: int, what: str) -> str:
+    "`1 run`, `2 runs`."
+    return f'{n:,} {what}{"s"*(n != 1)}'

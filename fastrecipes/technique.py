@@ -173,7 +173,7 @@ class SharedName:
         method, value = self.method.__get__(learn), vars(learn).get(self.name)
         if not isinstance(value, torch.Tensor): return method
         value = value.as_subclass(BatchLoss)
-        value.method = method
+        value.__dict__ = vars(value) | dict(method=method)      # fastai's as_subclass shares it: the loss itself would hold the Learner, and a tensor with a view is not collected
         return value
 
     def __set__(self, learn, value): vars(learn)[self.name] = value

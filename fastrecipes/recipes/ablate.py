@@ -14,14 +14,15 @@ from matplotlib.figure import Figure
 from fastrecipes.arguments import checked
 from fastrecipes.data.folders import NearDuplicates
 from fastrecipes.data.pixels import Resize
-from fastrecipes.errors import BadValue
+from fastrecipes.errors import BadValue, counted
+from fastrecipes.files import writes
 from fastrecipes.randomness import key_of
 from fastrecipes.recipes.ablating import Kept, Training, pool_of
 from fastrecipes.recipes.arms import METRICS, Arm, Comparison, Finding, arms, chosen, comparisons, effect, findings, named
 from fastrecipes.recipes.classify import USUAL, Schedule, image_classifier
 from fastrecipes.recipes.folder_recipe import FolderRecipe, check_runs, cores
 from fastrecipes.report.effect_plots import draw_forest, draw_worth
-from fastrecipes.report.effects import Effect, crossed
+from fastrecipes.report.effects import LEAST, Effect, crossed
 from fastrecipes.report.evidence import data_of
 from fastrecipes.report.intervals import Estimate
 from fastrecipes.report.page import Report, write_page
@@ -76,11 +77,11 @@ class Ablation:
     def headline(self) -> str:
         by = {w: sorted({f.comparison.technique for f in self.findings if f.verdict.word == w}) for w in ('helped', 'hurt')}
         told = [f'{", ".join(names)} {word}' for word, names in by.items() if names]
-        return f'{"; ".join(told)}.' if told else f'Nothing is resolved of {len(self.names)} techniques.'
+        return f'{"; ".join(told)}.' if told else f'Nothing is resolved of {counted(len(self.names), "technique")}.'
 
     @property
     def advice(self) -> str:
-        if not self.recommended: return 'recommended: the baseline; nothing that was tried helps on the validation images'
+        if not self.recommended: return 'recommended: the baseline; nothing that was tried was shown to help on the validation images'
         told = f': {self.gain} over the baseline' if self.gain else ''
         return f'recommended, chosen on the validation images: {", ".join(self.recommended)}{told}'
 
@@ -88,7 +89,7 @@ class Ablation:
 @partial(checked, techniques=discover)
 def ablate(path, *, techniques: list[str] | str | dict, arch: str = 'resnet18', seeds: int = 5, minutes: float | None = None, matters: float = 1., alone: bool = False,
            processes: int | None = None, ray: bool = False, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, valid: float = .2, test: float = .2,
-           groups: str | None = None, near_duplicates: NearDuplicates = 'warn', resize: Resize = 'crop', pretrained: bool = True, schedule: Schedule = 'flat_cos',
+           groups: str | None = None, near_duplicates: NearDuplicates = 'warn', resize: Resize = 'crop', pretrained: bool = True, freeze: bool = False, schedule: Schedule = 'flat_cos',
            seed: int = 42, out: str | None = None, overwrite: bool = False, **settings) -> Ablation:
     """Tell which techniques help on your own data: train with and without each, with several seeds, and judge the differences.
 
@@ -96,7 +97,7 @@ def ablate(path, *, techniques: list[str] | str | dict, arch: str = 'resnet18', 
     difference in accuracy points on the test images, with a 95 % interval over seeds and images. The verdict allows for how many are told at once: 'helped', 'hurt', 'no
     difference larger than x', or how many more seeds would resolve it. Those that help on the validation images are recommended; what they gain together is told by the
     test images. The rest of `image_classifier`'s techniques are on or off in all runs, and arguments are set, by keyword: `mixup=.2`.
-    Where `minutes` run short, the least promising by the validation images are given up first. A finished run is kept: the same call goes on.
+    Where `minutes` run short, the least promising by the validation images are given up first. A finished run is kept: the same call goes on, and with more `seeds` adds them.
     Raises as `image_classifier` does, and where two of the techniques do not go together.
 
     Args:
@@ -119,6 +120,7 @@ def ablate(path, *, techniques: list[str] | str | dict, arch: str = 'resnet18', 
         near_duplicates: together keeps pictures that look the same on one side; warn only tells of them
         resize: how images get their size: crop, squish or pad
         pretrained: start from trained weights
+        freeze: train the new head alone; the body stays as it came
         schedule: how the rate moves: constant, step, decay, cos, flat_cos, sgdr (warm restarts) or one_cycle
         seed: of the split, and of the seeds
         out: the run folder; what was cut off there goes on
@@ -134,9 +136,9 @@ def ablate(path, *, techniques: list[str] | str | dict, arch: str = 'resnet18', 
     of = comparisons(names, alone)
     own_seeds = tuple(key_of(seed, 'ablation', i) % 2**32 for i in range(seeds))
     one_process('ablate')
-    loaders, fit = dict(size=size, bs=bs, resize=resize), dict(arch=arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule)
+    loaders, fit = dict(size=size, bs=bs, resize=resize), dict(arch=arch, epochs=epochs, lr=lr, pretrained=pretrained, freeze=freeze, schedule=schedule)
     if not callable(path): FolderRecipe.check(path, valid, test, loaders, fit, 'ablate chooses by validation images and reports on test images; hold some out of both')
-    with RunFolder.open('ablate', asked, out, overwrite, defaults=ablate).under_way() if out else nullcontext() as run:
+    with RunFolder.open('ablate', asked, out, overwrite, defaults=ablate, growing=('seeds', 'minutes')).under_way() if out else nullcontext() as run:
         kept = Kept(run and run.path/'runs', names)
         recipe = path
         if not callable(path):
@@ -146,6 +148,8 @@ def ablate(path, *, techniques: list[str] | str | dict, arch: str = 'resnet18', 
         pool = pool_of(processes or cores(callable(path)), ray)
         try:
             train = Training(recipe, switched, own_seeds)
+            few = f'; a verdict takes {LEAST}, for fewer do not tell how far seeds vary' if seeds < LEAST else ''
+            if writes(): print(f'{len(arms(of))*seeds} runs: {len(arms(of))} arms, {seeds} seeds{few}', flush=True)
             clock = _Clock(minutes)
             stopped = _all_runs(kept, of, seeds, clock, pool, train, names)
             told = findings(kept.runs, of, matters/100)
@@ -175,11 +179,12 @@ def _all_runs(kept: Kept, of: list[Comparison], seeds: int, clock: '_Clock', poo
     live, stopped = list(of), {}
     for i in range(seeds):
         if i > 1:
-            while len(live) > 1 and not clock.room_for((len(arms(live))+1)*(seeds-i)):
+            ahead = 1 if i < LEAST else seeds-i                 # as long as it can be, all get the seeds that a verdict takes
+            while len(live) > 1 and not clock.room_for((len(arms(live))+1)*ahead):
                 worst = min(live, key=lambda c: _promise(kept.runs, c))
                 live.remove(worst)
                 stopped[worst.technique, worst.where] = 'given up, for want of time'
-        _run(kept, [(arm, i) for arm in arms(live)], pool, train, names, clock)
+        _run(kept, [(arm, i) for arm in arms(live)], pool, train, names, clock, len(arms(live))*(seeds-1-i))
     return stopped
 
 
@@ -195,21 +200,21 @@ class _Clock:
     @property
     def each(self) -> float: return (time.monotonic()-self.since)/self.done if self.done else 0.
     def room_for(self, runs: int) -> bool: return self.end is None or time.monotonic() + runs*self.each <= self.end
-    def left(self, runs: int) -> str: return f', about {format_time(runs*self.each)} for the rest of this seed' if runs and self.done else ''
+    def left(self, runs: int) -> str: return f', about {format_time(runs*self.each)} for the rest' if runs and self.done else ''
 
 
-def _run(kept: Kept, jobs, pool, train: Training, names, clock: _Clock):
-    "Do those of `jobs` that are not done, while there is time."
+def _run(kept: Kept, jobs, pool, train: Training, names, clock: _Clock, later: int = 0):
+    "Do those of `jobs` that are not done, while there is time; `later` more are to come."
     todo = [job for job in jobs if job not in kept.runs]
     def in_time():
         for k, job in enumerate(todo):
-            if not clock.room_for(1): return print(f'{len(todo)-k} runs of this seed are left out: the time is up', flush=True)
+            if not clock.room_for(1): return print(f'{counted(len(todo)-k, "run")} of this seed left out: the time is up', flush=True)
             yield job
     for k, (job, outcome) in enumerate(pool.run(train, in_time()), 1):
         kept[job] = outcome
         clock.done += 1
         score = (outcome.test.predicted == outcome.test.targets).mean()
-        print(f'seed {job[1]+1}, {named(job[0], names)}: accuracy {score:.4f} in {outcome.seconds:.1f} s{clock.left(len(todo)-k)}', flush=True)
+        print(f'seed {job[1]+1}, {named(job[0], names)}: test accuracy {score:.4f} in {outcome.seconds:.1f} s{clock.left(len(todo)-k+later)}', flush=True)
 
 
 def _result(run, kept: Kept, names, told: list[Finding], best: Arm, stopped, command: str | None) -> Ablation:
@@ -237,4 +242,4 @@ def _rows(result: Ablation) -> list[dict]:
 def _report(run, result: Ablation, recipe) -> Report:
     "The page: what was found, the forest of effects, cost against gain, how the arms learned."
     arch = run.arguments['arch']
-    return Report(f'{arch}: {len(result.names)} techniques', run.command, data_of(recipe), headline=result.headline, ablation=result, provenance=run.provenance)
+    return Report(f'{arch}: {counted(len(result.names), "technique")}', run.command, data_of(recipe), headline=result.headline, ablation=result, provenance=run.provenance)

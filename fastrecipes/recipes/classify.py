@@ -39,7 +39,7 @@ HEAD = 'new head, body frozen'                      # the title of a fit
 def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64,
                      valid: float | list[str] | str | Callable = .2, test: float = .1, groups: str | Callable | None = None, near_duplicates: NearDuplicates = 'warn',
                      resize: Resize = 'crop', pretrained: bool = True, weights: str | None = None, freeze: bool = False, schedule: Schedule = 'flat_cos',
-                     techniques: Literal['recommended'] | None = None, seed: int = 42, workers: int | None = None, out: str | None = None, overwrite: bool = False,
+                     techniques: list[str] | str | None = None, seed: int = 42, workers: int | None = None, out: str | None = None, overwrite: bool = False,
                      **switched) -> Learner:
     """Train a network on a folder of images, `path/<class>/*`, and return the fitted Learner.
 

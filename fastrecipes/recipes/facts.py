@@ -11,6 +11,7 @@ import torch
 from fastrecipes.data.folders import found_and_split
 from fastrecipes.data.processes import each_chunk
 from fastrecipes.data.scan import verdicts
+from fastrecipes.errors import few
 from fastrecipes.files import in_bytes
 from fastrecipes.randomness import stream
 from fastrecipes.recipes.looks import FEW, Look, Picture, deep_features, label_noise, look_at, percent, picture, small_pixels
@@ -21,6 +22,7 @@ __all__ = ['Facts', 'Machine', 'Suspect', 'facts_of']
 
 LOOKED_AT = 2000        # training images that the linear models see: half a minute on one core
 LEAST = 40              # below it nothing can be told from them
+UNEVEN = 3.             # images of the commonest class to those of the rarest from which they are drawn equally often
 NOISY = .05             # wrong labels from which something is done
 
 
@@ -74,7 +76,7 @@ class Facts:
     grey: bool
     alike: int
     torn: int
-    set_aside: int
+    set_aside: list[tuple[str, str]]
     looks: list[Look] = field(repr=False)
     noise: Estimate | None
     suspects: list[Suspect] = field(repr=False)
@@ -82,6 +84,12 @@ class Facts:
 
     @property
     def images(self) -> int: return self.counts.total()
+    @property
+    def uneven(self) -> bool: return self.ratio >= UNEVEN
+    @property
+    def epoch(self) -> int:
+        "Images that an epoch trains on: with classes of unequal size, each as often as the commonest."
+        return len(self.counts)*max(self.counts.values()) if self.uneven else self.images
     @property
     def ratio(self) -> float: return max(self.counts.values())/min(self.counts.values())
     @property
@@ -103,10 +111,12 @@ class Facts:
         c, w, h = self.counts, self.widths, self.heights
         one = len(set(zip(w.tolist(), h.tolist()))) == 1
         size = f'{w[0]}×{h[0]} px' if one else f'{w.min()}×{h.min()} to {w.max()}×{h.max()} px, the shorter side of half of them {self.side} px or more'
-        aside = f'; {self.set_aside} set aside' if self.set_aside else ''
+        aside = f'; {len(self.set_aside)} set aside: {few([f"{Path(name).name} ({why})" for name, why in self.set_aside], 3)}' if self.set_aside else ''
+        least, most = min(c.values()), max(c.values())
+        sizes = f'{least:,} training images each' if least == most else f'{least:,} ({self.smallest}) to {most:,} ({self.largest}) training images: {self.ratio:.1f} to 1'
         alike = f'{self.alike:,} images look like another' if self.alike else 'none'
         rows = [('images', f'{self.images:,} to train on, {self.held["valid"]:,} to validate, {self.held["test"]:,} to test{aside}'),
-                ('classes', f'{len(c)}, of {min(c.values()):,} ({self.smallest}) to {max(c.values()):,} ({self.largest}) training images: {self.ratio:.1f} to 1'),
+                ('classes', f'{len(c)}, of {sizes}'),
                 ('pixels', f'{size}, {"grey" if self.grey else "in colour"}'),
                 ('look-alikes', alike + (f', {self.torn} pairs of them with two labels' if self.torn else ''))]
         for k in self.looks:
@@ -134,7 +144,7 @@ def facts_of(path, valid=.2, test: float = .1, groups=None, seed: int = 42, prog
     grey = all(p.grey for p in pictures or _pictures(found, train[:LEAST], progress))
     alike = {k for pair in found.near.tolist() for k in pair}
     torn = sum(found.labels[i] != found.labels[j] for i, j in found.near.tolist())
-    return Facts(str(path), Counter(found.labels[i] for i in train), Counter(sides), *sizes.T, grey, len(alike), torn, len(found.set_aside), looks, noise, suspects, Machine.here())
+    return Facts(str(path), Counter(found.labels[i] for i in train), Counter(sides), *sizes.T, grey, len(alike), torn, found.set_aside, looks, noise, suspects, Machine.here())
 
 
 def _sample(found, train: list[int], seed: int) -> list[int]:
@@ -147,7 +157,7 @@ def _sample(found, train: list[int], seed: int) -> list[int]:
 
 
 def _pictures(found, which: list[int], progress) -> list[Picture]:
-    if which: progress(f'looking at {len(which):,} training images')
+    if which: progress(f'looking at {len(which):,} of the training images')
     return [p for _, some in each_chunk(picture, [found.files[i] for i in which]) for p in some]
 
 

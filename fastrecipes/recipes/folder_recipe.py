@@ -25,7 +25,7 @@ class FolderRecipe:
     found: Found
     sides: tuple[str, ...]
     loaders: dict               # size, bs, resize
-    fit: dict                   # arch, epochs, lr, pretrained, schedule
+    fit: dict                   # arch, epochs, lr, pretrained, freeze, schedule
     always: dict                # techniques of every run; those of a call win
 
     @classmethod
@@ -37,7 +37,7 @@ class FolderRecipe:
     @staticmethod
     def check(path, valid: float, test: float, loaders: dict, fit: dict, why: str):
         "Raise for what can be told wrong before any data are read; `why` images must be held out for validation and test."
-        check_recipe(path, fit['arch'], fit['epochs'], fit['lr'], fit['schedule'])
+        check_recipe(path, fit['arch'], fit['epochs'], fit['lr'], fit['schedule'], drawn_and_frozen=fit['freeze'] and not fit['pretrained'])
         check_loaders(**loaders)
         check_shares(valid, test)
         if not valid or not test: raise BadValue(f'{"test" if valid else "valid"}: {why}')

@@ -77,12 +77,12 @@ def power_law(images, errors) -> tuple[float, Difference]:
 @partial(checked, techniques=discover)
 def learning_curve(path, arch: str = 'resnet18', *, fractions: list[float] = (.125, .25, .5, 1.), seeds: int = 3, processes: int | None = None, ray: bool = False,
                    epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, valid: float = .1, test: float = .2, groups: str | None = None,
-                   near_duplicates: NearDuplicates = 'warn', resize: Resize = 'crop', pretrained: bool = True, schedule: Schedule = 'flat_cos', seed: int = 42,
+                   near_duplicates: NearDuplicates = 'warn', resize: Resize = 'crop', pretrained: bool = True, freeze: bool = False, schedule: Schedule = 'flat_cos', seed: int = 42,
                    out: str | None = None, overwrite: bool = False, **techniques) -> LearningCurve:
     """Tell whether more images would help: train on parts of them, judge each network on the same test images, and go on with the line.
 
     All are trained for equally many steps: where there are half the images, for twice the epochs. Techniques are keywords as in `image_classifier`. A finished run is
-    kept: the same call goes on. Raises as `image_classifier` does, for fractions outside 0 to 1, and where one leaves less than a batch.
+    kept: the same call goes on, and with more `seeds` adds them. Raises as `image_classifier` does, for fractions outside 0 to 1, and where one leaves less than a batch.
 
     Args:
         path: the folder of images, one sub-folder a class
@@ -101,6 +101,7 @@ def learning_curve(path, arch: str = 'resnet18', *, fractions: list[float] = (.1
         near_duplicates: together keeps pictures that look the same on one side; warn only tells of them
         resize: how images get their size: crop, squish or pad
         pretrained: start from trained weights
+        freeze: train the new head alone; the body stays as it came
         schedule: how the rate moves: constant, step, decay, cos, flat_cos, sgdr (warm restarts) or one_cycle
         seed: of the split, of the parts, and of the seeds
         out: the run folder; what was cut off there goes on
@@ -111,12 +112,12 @@ def learning_curve(path, arch: str = 'resnet18', *, fractions: list[float] = (.1
     fractions = sorted(set(fractions))
     if len(fractions) < 2 or not 0 < fractions[0] or fractions[-1] > 1: raise BadValue(f'fractions: two or more above 0 and up to 1, got {list(asked["fractions"])}')
     check_runs(seeds, processes)
-    loaders, fit = dict(size=size, bs=bs, resize=resize), dict(arch=arch, epochs=epochs, lr=lr, pretrained=pretrained, schedule=schedule)
+    loaders, fit = dict(size=size, bs=bs, resize=resize), dict(arch=arch, epochs=epochs, lr=lr, pretrained=pretrained, freeze=freeze, schedule=schedule)
     FolderRecipe.check(path, valid, test, loaders, fit, 'hold some images out of the training')
     one_process('learning_curve')
     own = tuple(key_of(seed, 'learning curve', i) % 2**32 for i in range(seeds))
     names = [f'{f:.4g}' for f in fractions]
-    with RunFolder.open('learning-curve', asked, out, overwrite, defaults=learning_curve).under_way() if out else nullcontext() as run:
+    with RunFolder.open('learning-curve', asked, out, overwrite, defaults=learning_curve, growing=('seeds',)).under_way() if out else nullcontext() as run:
         whole = FolderRecipe.of(path, groups, near_duplicates, valid, test, seed, loaders, fit, techniques)
         if run: run.note_data(whole)
         parts = {n: whole.on(f, seed) for n, f in zip(names, fractions)}
@@ -130,7 +131,7 @@ def learning_curve(path, arch: str = 'resnet18', *, fractions: list[float] = (.1
             for job, outcome in pool.run(Training(Parts(parts), dict.fromkeys(names, True), own), iter(todo)):
                 kept[job] = outcome
                 n = images[names.index(next(iter(job[0])))]
-                print(f'seed {job[1]+1}, {n:,} images: accuracy {(outcome.test.predicted == outcome.test.targets).mean():.4f} in {outcome.seconds:.1f} s', flush=True)
+                print(f'seed {job[1]+1}, {n:,} images: test accuracy {(outcome.test.predicted == outcome.test.targets).mean():.4f} in {outcome.seconds:.1f} s', flush=True)
         finally: pool.close()
         right = np.stack([[kept.runs[Arm([n]), i].test.predicted == kept.runs[Arm([n]), i].test.targets for n in names] for i in range(seeds)])      # (seeds, fractions, images)
         estimates = [Estimate(e.value, max(0., e.lo), min(1., e.hi), e.n) for e in (crossed(right[:, k]) for k in range(len(names)))]
@@ -138,7 +139,7 @@ def learning_curve(path, arch: str = 'resnet18', *, fractions: list[float] = (.1
         result = LearningCurve(run and run.path, images, estimates, errors, *power_law(images, errors))
         if run:
             run.write_csv('curve.csv', [dict(images=n, seed=i+1, accuracy=float(1-errors[i, k])) for k, n in enumerate(images) for i in range(seeds)])
-            headline = f'Twice as many images would bring about {result.twice}.'
+            headline = f'{result.advice[0].upper()}{result.advice[1:]}.'
             write_page(Report(f'{arch} on {whole.found.path.name}: would more images help?', run.command, data_of(whole), headline=headline, learning_curve=result,
                               provenance=run.provenance), run.path/'report.html')
             run.finish()

@@ -21,6 +21,7 @@ SIDE, SMALL = 96, 16            # px a side that a network sees, and that count 
 COMPONENTS, FOLDS = 128, 5
 FEW = 5                         # images of a class, copies counted once, below which it is not looked at
 SURE, CONSISTENT = .2, .5       # the share of images that a model is surest of; agreement from which its errors are the labels'
+MISTAKEN = .6                  # of what is told right: if mirrored no more is, it is something else
 GREY = 2.                       # levels between the channels of a grey picture, on average, after JPEG
 
 
@@ -58,22 +59,22 @@ def deep_features(pictures: np.ndarray, arch: str, bs: int = 64) -> np.ndarray:
 @dataclass(frozen=True)
 class Mirror:
     """How a linear model answers for images held out: right as they are (`plain`), mirrored (`mirrored`), and as they are once it has learnt mirrored ones as
-    well (`learnt`), 0–1. `z`: by how many standard errors learning them harms."""
+    well (`learnt`): means over classes, 0–1. `z`: by how many standard errors learning them harms."""
     plain: float
     mirrored: float
     learnt: float
     z: float
 
     @classmethod
-    def of(cls, plain: np.ndarray, mirrored: np.ndarray, learnt: np.ndarray) -> 'Mirror':
+    def of(cls, labels: np.ndarray, plain: np.ndarray, mirrored: np.ndarray, learnt: np.ndarray) -> 'Mirror':
         "From what was right `(n,)` each time. Only images that are right in one of `plain` and `learnt` tell: McNemar's test, doi:10.1007/BF02295996."
-        lost = plain.astype(int)-learnt
-        return cls(float(plain.mean()), float(mirrored.mean()), float(learnt.mean()), float(lost.sum()/max(1., np.abs(lost).sum()**.5)))
+        lost, size = plain.astype(int)-learnt, np.bincount(labels)
+        return cls(*(float((np.bincount(labels, right)/size).mean()) for right in (plain, mirrored, learnt)), float(lost.sum()/max(1., np.abs(lost).sum()**.5)))
 
     @property
     def harms(self) -> bool:
         "Whether mirroring makes something else of a picture: learning mirror images harms, or they are mistaken for others and learning them is of no clear use."
-        return self.z > 2.3 or (self.mirrored < self.plain/2 and self.z > -2)
+        return self.z > 2.3 or (self.mirrored < MISTAKEN*self.plain and self.z > -2)
 
     def __str__(self): return f'{percent(self.plain)} are told apart as they are, {percent(self.mirrored)} mirrored, and {percent(self.learnt)} where mirror images are learnt, too'
 
@@ -114,7 +115,7 @@ def look_at(features: str, x: np.ndarray, mirrored: np.ndarray, labels: np.ndarr
         both = _fitted(np.concatenate([x[rest], mirrored[rest]]), np.concatenate([labels[rest]]*2))
         right['learnt'][out] = both.predict(x[out]) == labels[out]
     whole, *halves = p.argmax(2)
-    return Look(features, whole, p[:, np.arange(len(x)), whole].min(0), accuracy(labels, whole), float((halves[0] == halves[1]).mean()), Mirror.of(**right))
+    return Look(features, whole, p[:, np.arange(len(x)), whole].min(0), accuracy(labels, whole), float((halves[0] == halves[1]).mean()), Mirror.of(labels, **right))
 
 
 def _fitted(x, y):

@@ -3,7 +3,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from fastai.basics import Learner
 from fastai.metrics import BalancedAccuracy, accuracy
@@ -55,7 +54,7 @@ class Shipped:
 @takes_recommended
 def pipeline(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64, valid: float | list[str] | str | Callable = .2,
              test: float = .1, groups: str | Callable | None = None, near_duplicates: NearDuplicates = 'warn', resize: Resize = 'crop', pretrained: bool = True,
-             weights: str | None = None, freeze: bool = False, schedule: Schedule = 'flat_cos', techniques: Literal['recommended'] | None = None,
+             weights: str | None = None, freeze: bool = False, schedule: Schedule = 'flat_cos', techniques: list[str] | str | None = None,
              seed: int = 42, workers: int | None = None, baseline: bool = True, student: str | None = None, prune: float | bool | None = None,
              quantize: Quantize | bool | None = 'static', tolerance: float = .5, max_mb: float | None = None, max_ms: float | None = None, minutes: float | None = None,
              control: bool = False, compress_epochs: int | None = None, out: str | None = None, overwrite: bool = False, **switched) -> Shipped:

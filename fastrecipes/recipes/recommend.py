@@ -1,4 +1,5 @@
 "Which techniques and settings suit a folder of images, by what can be read of it before anything is trained; and a recipe that uses them."
+import csv
 import inspect
 import math
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from textwrap import wrap
 
 from fastrecipes.arguments import checked
 from fastrecipes.errors import BadValue, nearest
-from fastrecipes.files import in_bytes, writes
+from fastrecipes.files import in_bytes, whole, writes
 from fastrecipes.recipes.facts import Facts, facts_of
 from fastrecipes.recipes.looks import percent
 from fastrecipes.report.run_folder import command_line
@@ -18,14 +19,14 @@ from fastrecipes.training.transfer import PACKAGED, packaged_weights
 
 __all__ = ['Advice', 'Recommendation', 'recommend', 'takes_recommended']
 
-UNEVEN = 3.                     # images of the commonest class to those of the rarest
 # training images a class up to which the head alone was as good or better, or all that a deeper network needs: of lite0 on CIFAR-10, one seed, head alone
 # against all layers, 3 a class 39.1 and 36.2 %, 6: 42.6 and 42.9, 12: 51.6 and 51.8, 20: 58.5 and 52.5, 40: 62.9 and 65.0
 TINY, SMALL = 20, 5000
 STEPS, MOST_EPOCHS = dict(frozen=300, pretrained=600, scratch=1500), 40        # of a fit
 USUAL_SIZE, LARGEST, MANY_CORES = 224, 128, 16  # px a side, and without a GPU unless there are so many cores
 WIDTH = 110
-ASIDE = ('cache', 'to_fp16', 'to_bf16', 'freeze_bn')          # they change how long it takes, or nothing but with freeze
+ASIDE = ('cache', 'to_fp16', 'to_bf16', 'freeze_bn')          # techniques that change how long it takes, or belong to a setting: nothing to tell about
+SETTINGS = ('arch', 'pretrained', 'freeze', 'size', 'bs', 'epochs', 'near_duplicates')         # what other recipes take as well
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Recommendation:
     `.settings` and `.techniques` are what `image_classifier` takes, `.command` trains with them. `.suspects`: training images whose labels may be wrong. Printed, it is a page."""
     facts: Facts
     advice: list[Advice]
+    asked: dict = field(default_factory=dict)       # how the data are split, where the caller said so
 
     @property
     def _all(self) -> dict: return {n: v for a in self.advice for n, v in a.settings.items()}
@@ -61,28 +63,33 @@ class Recommendation:
     @property
     def techniques(self) -> dict: return {n: v for n, v in self._all.items() if n in TECHNIQUES}
     @property
-    def command(self) -> str: return command_line('image-classifier', dict(path=self.facts.path, **self._all))
+    def command(self) -> str: return command_line('image-classifier', dict(path=self.facts.path) | self.asked | self._all)
     @property
     def check(self) -> str:
         "The command that tells which of the techniques help."
         asked = [n for n in self.techniques if n not in ASIDE]
-        how = {n: v for n, v in self._all.items() if n in ('arch', 'pretrained', 'size', 'bs', 'epochs') or n in asked and v is not True}
-        return command_line('ablate', dict(path=self.facts.path, techniques=','.join(asked)) | how)
+        how = {n: v for n, v in self._all.items() if (n in SETTINGS and n != 'cache') or n in ASIDE[1:] or n in asked and v is not True}
+        return command_line('ablate', dict(path=self.facts.path, techniques=','.join(asked)) | self.asked | how)
     @property
     def suspects(self) -> list: return self.facts.suspects
 
-    def __str__(self):
+    def __str__(self): return '\n'.join([self.page, '', 'with all of that:', f'  {self.command}', 'whether it pays off on these images:', f'  {self.check}'])
+
+    @property
+    def page(self) -> str:
+        "The facts and the advice."
         wide = max(len(n) for n, _ in self.facts.rows)
         lines = [line for name, said in self.facts.rows for line in wrap(f'{name.ljust(wide)}  {said}', WIDTH, subsequent_indent=' '*(wide+2))]
         for i, a in enumerate(self.advice):
             if not i or a.step != self.advice[i-1].step: lines += ['', a.step]
             if a.what: lines.append(f'  {a.what}')
             lines += wrap(a.reason, WIDTH, initial_indent=' '*6 if a.what else '  ', subsequent_indent=' '*6)
-        return '\n'.join(['', *lines, '', 'with all of that:', f'  {self.command}', 'whether it pays off on these images:', f'  {self.check}'])
+        return '\n'.join(['', *lines])
 
 
 @checked
-def recommend(path: str, *, valid: float | list[str] | str | Callable = .2, test: float = .1, groups: str | Callable | None = None, seed: int = 42) -> Recommendation:
+def recommend(path: str, *, valid: float | list[str] | str | Callable = .2, test: float = .1, groups: str | Callable | None = None, seed: int = 42,
+              suspects: str | None = None) -> Recommendation:
     """Tell which techniques and settings suit a folder of images, each with its reason, before anything is trained.
 
     It reads how many images there are, of which classes, sizes and channels, which look alike, and what the machine has. A linear model of training images held
@@ -95,28 +102,42 @@ def recommend(path: str, *, valid: float | list[str] | str | Callable = .2, test
         test: share of each class held out for the final test, 0 to 1
         groups: a regular expression that finds in a file's name who or what is in the picture, or a column of the CSV; no group lies on two sides
         seed: of the split, and of the images that are looked at
+        suspects: a CSV to write, with the images whose labels may be wrong, the surest first: file, label, likely
     """
     discover()
+    defaults = inspect.signature(recommend).parameters
+    asked = {n: v for n, v in dict(valid=valid, test=test, groups=groups, seed=seed).items() if v != defaults[n].default and isinstance(v, (int, float, str))}
     facts = facts_of(path, valid, test, groups, seed, progress=_progress)
-    return Recommendation(facts, [*_more_data(facts), *_augmentation(facts), *_regularization(facts), *_smaller_model(facts), *_ensembles(facts), *_machine(facts)])
+    if suspects: _write(suspects, facts.suspects)
+    model, machine = [*_smaller_model(facts)], [*_machine(facts)]
+    how = asked | {n: v for a in (*_more_data(facts, {}), *model, *machine) for n, v in a.settings.items() if n in SETTINGS}       # what other recipes are told as well
+    return Recommendation(facts, [*_more_data(facts, how), *_augmentation(facts), *_regularization(facts), *model, *_ensembles(facts, how), *machine], asked)
+
+
+def _write(file: str, suspects: list):
+    with whole(Path(file)) as tmp, tmp.open('w', newline='', encoding='utf8') as f:
+        csv.writer(f).writerows([('file', 'label', 'likely'), *((s.name, s.label, s.likely) for s in suspects)])
 
 
 def _progress(said: str):
     if writes(): print(said, flush=True)
 
 
-def _more_data(f: Facts):
-    step, least = 'more data', f.counts[f.smallest]
-    if least < TINY: yield Advice(step, f'class {f.smallest!r} has {least} images to train on: nothing below helps it as much as more of them')
-    yield Advice(step, 'tells whether more images would help, and by how much', command=command_line('learning-curve', dict(path=f.path)))
-    if f.ratio >= UNEVEN:
+def _more_data(f: Facts, how: dict):
+    step, rare = 'more data', [c for c, n in f.counts.items() if n < TINY]
+    if rare:
+        some = ' and '.join(map(repr, rare)) if len(rare) < 3 else f'{f.smallest!r} and {len(rare)-1} more classes'
+        yield Advice(step, f'{"all classes" if len(rare) == len(f.counts) else some}: fewer than {TINY} images to train on, and nothing below helps as much as more of them')
+    bs = min(how.get('bs', 64), 2**int(math.log2(max(1, f.images/9))))      # an eighth of the images must fill a batch
+    if bs >= 4: yield Advice(step, 'tells whether more images would help, and by how much', command=command_line('learning-curve', dict(path=f.path) | how | dict(bs=bs)))
+    if f.uneven:
         yield Advice(step, f'{f.largest!r} has {f.ratio:.1f} times the images of {f.smallest!r}: drawn equally often, the rare class is not passed over. Balanced accuracy gains by it, '
                            'plain accuracy may lose; where the rarest classes matter most, logit_adjustment gained more on long-tailed CIFAR-10', dict(balance='upsampling'))
     if f.alike: yield Advice(step, f'{f.alike:,} images look like another: on two sides, they would make the network look better than it is', dict(near_duplicates='together'))
     if f.torn: yield Advice(step, f'{f.torn} pairs of images look alike and have two labels: one of each is wrong')
     if f.noisy:
         shown = ', '.join(map(str, f.suspects[:3]))
-        yield Advice(step, f'about {percent(f.noise.value)} of the labels are wrong, and to mend them is worth more than all below: {shown}; result.suspects has all')
+        yield Advice(step, f'about {percent(f.noise.value)} of the labels are wrong, and to mend them is worth more than all below: {shown}; --suspects FILE.csv writes all')
 
 
 def _augmentation(f: Facts):
@@ -129,7 +150,7 @@ def _augmentation(f: Facts):
 
 def _regularization(f: Facts):
     step = 'regularization'
-    if not f.noisy: return (yield Advice(step, 'the usual amount: no answer is worth certainty', dict(label_smoothing=.1)))
+    if not f.noisy: return (yield Advice(step, 'the usual amount: asked for certainty, a network grows surer than it is right', dict(label_smoothing=.1)))
     # more of it was no better: at 40 % wrong labels, 500 images of CIFAR-10, .3 came to 44.9 %, .1 to 49.5 % (one seed)
     why = f'{percent(f.noise.value)} of the labels are wrong ({percent(f.noise.lo)} to {percent(f.noise.hi)}): none is to be believed altogether (arXiv:2003.02819)'
     yield Advice(step, why, dict(label_smoothing=.1))
@@ -144,7 +165,7 @@ def _smaller_model(f: Facts):
     if net.freeze:
         yield Advice(step, f'{f.images/len(f.counts):.0f} images a class are too few to move a whole network by: its head alone learns, the body stays as it came, its norms too',
                      dict(freeze=True, freeze_bn=True))
-    yield Advice(step, f'some {net.epochs*(f.images//net.bs):,} steps, small batches where there are few images', dict(bs=net.bs, epochs=net.epochs))
+    yield Advice(step, f'some {net.epochs*(f.epoch//net.bs):,} steps, small batches where there are few images', dict(bs=net.bs, epochs=net.epochs))
     yield Advice(step, 'makes the trained network several times smaller and faster', command='fastrecipes compress RUN')
 
 
@@ -160,15 +181,16 @@ class _Network:
     def for_(cls, f: Facts) -> '_Network':
         "A network that so many images can train, with batches and epochs that make enough steps."
         installed = next((a for a in PACKAGED if packaged_weights(a)), None)
-        freeze = bool(installed) and f.images <= TINY*len(f.counts)
+        blind = len(f.looks) > 1 and f.looks[1].accuracy.hi < f.looks[0].accuracy.lo        # it sees less of what tells these classes apart than their pixels show
+        freeze = bool(installed) and not blind and f.images <= TINY*len(f.counts)
         bs = min(64, max(8, 2**int(math.log2(max(1, f.images/20)))))
         steps = STEPS['frozen' if freeze else 'pretrained' if installed else 'scratch']
-        return cls(installed or ('resnet10t' if f.images < SMALL else 'resnet18'), bool(installed), freeze, bs, min(MOST_EPOCHS, max(5, math.ceil(steps/max(1, f.images//bs)))))
+        return cls(installed or ('resnet10t' if f.images < SMALL else 'resnet18'), bool(installed), freeze, bs, min(MOST_EPOCHS, max(5, math.ceil(steps/max(1, f.epoch//bs)))))
 
 
-def _ensembles(f: Facts):
+def _ensembles(f: Facts, how: dict):
     why = 'last, for it takes as many times as long: four networks were 2 to 3 points better than one on digits and CIFAR-10, and one that was trained as long as all four better still'
-    yield Advice('ensembles', why, command=command_line('ensemble', dict(path=f.path, members=4, kind='blending')))
+    yield Advice('ensembles', why, command=command_line('ensemble', dict(path=f.path, members=4, kind='blending') | {n: v for n, v in how.items() if n != 'freeze'}))
 
 
 def _machine(f: Facts):
@@ -198,13 +220,14 @@ def takes_recommended(recipe: Callable) -> Callable:
         given = dict(zip(parameters, args)) | kwargs
         chosen = given.pop('techniques', None)
         if chosen is None: return recipe(**given)
-        if chosen != 'recommended': raise BadValue(f"techniques: 'recommended', or switch them on by name, such as mixup=True; got {chosen!r}{nearest(chosen, ['recommended'])}")
+        if chosen != 'recommended': raise BadValue(f"techniques: 'recommended', or switch them on by name, mixup=True or --mixup; got {chosen!r}{nearest(chosen, ['recommended'])}")
         path = given['path']
         if not isinstance(path, (str, Path)): raise BadValue(f'techniques: what is recommended is read from a folder of images, and path is {type(path).__name__}')
         said = recommend(path, **{n: given[n] for n in ('valid', 'test', 'groups', 'seed') if n in given})
-        if writes(): print(said, flush=True)
         told = {n: v for n, v in given.items() if n not in parameters or v != parameters[n].default}
-        return recipe(**told | _fitting(said, told, parameters))
+        taken = _fitting(said, told, parameters)
+        if writes(): print(f'{said.page}\n\ntaken of it: {", ".join(_shown(n, v) for n, v in taken.items())}\n', flush=True)
+        return recipe(**told | taken)
     return call
 
 

@@ -139,4 +139,4 @@ def _verdict(e: Effect, found: bool, matters: float, alpha: float) -> Verdict:
     if math.isfinite(seeds): return Verdict('not resolved', f'not resolved: about {max(1, seeds-e.seeds)} more seeds would', max(seeds, e.seeds+1))
     images = e.needs_images(size, alpha)
     way_out = f'; about {images:,} would do, with {max(e.seeds, MANY)} seeds' if images else ''
-    return Verdict('not resolved', f'not resolved: {e.n:,} test images are too few, whatever the seeds{way_out}', math.inf)
+    return Verdict('not resolved', f'not resolved: for a difference of {100*size:.1f} points {e.n:,} test images are too few, whatever the seeds{way_out}', math.inf)

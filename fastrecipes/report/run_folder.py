@@ -35,12 +35,14 @@ class RunFolder:
         self.path, self.recipe, self.arguments, self.provenance, self.shown = path, recipe, arguments, provenance, shown
 
     @classmethod
-    def open(cls, recipe: str, arguments: Mapping, out=None, overwrite: bool = False, *, defaults=None, command: str | None = None) -> 'RunFolder':
+    def open(cls, recipe: str, arguments: Mapping, out=None, overwrite: bool = False, *, defaults=None, command: str | None = None,
+             growing: tuple = ()) -> 'RunFolder':
         """Make `out`, or `runs/<recipe>-<date-time>`, and write recipe.yaml and provenance.json into it.
 
         `arguments`: those of the recipe, its `techniques` nested or not; `out` and `overwrite` stay out of recipe.yaml. `defaults`: the
         recipe's function, whose defaults are then left out of `.command`. `command`: what was typed, as one string. An unfinished run of
-        the same recipe and arguments is gone on with. Raises `ValueError`: `out` is a file, or a folder with other things in
+        the same recipe and arguments is gone on with, and a finished one where an argument that may be
+        `growing` asks for more. Raises `ValueError`: `out` is a file, or a folder with other things in
         it; it holds a finished run, or one with other arguments, and not `overwrite`. Of several processes the first alone writes."""
         arguments = _plain_arguments(arguments)
         path = Path(out) if out else _fresh(Path('runs'), recipe)
@@ -48,7 +50,7 @@ class RunFolder:
         if writes():
             if path.is_dir():
                 with _held(path): pass
-            provenance |= _take(path, recipe, arguments, overwrite)
+            provenance |= _take(path, recipe, arguments, overwrite, growing)
             try: path.mkdir(parents=True, exist_ok=True)
             except OSError as e: raise BadValue(f'out: {path} cannot be created: {e.strerror.lower()}') from e
         usual = {k: p.default for k, p in inspect.signature(defaults).parameters.items()} if defaults else {}
@@ -173,7 +175,7 @@ def _held(path: Path):
             lock.release()
 
 
-def _take(path: Path, recipe: str, arguments: dict, overwrite: bool) -> dict:
+def _take(path: Path, recipe: str, arguments: dict, overwrite: bool, growing: tuple = ()) -> dict:
     "Raise where `path` holds what must stay; clear it where it may go; where a run is gone on with, say so and give what is known of its beginning."
     if path.exists() and not path.is_dir(): raise BadValue(f'out: {path} is a file; name a folder')
     if not path.is_dir() or all(_temporary(p) for p in path.iterdir()): return {}
@@ -182,11 +184,13 @@ def _take(path: Path, recipe: str, arguments: dict, overwrite: bool) -> dict:
     if overwrite: return _clear(path)
     way_out = 'name another --out, or add --overwrite to replace it'
     there = _read(path/RECIPE) or arguments      # killed between the two: nothing but the recipe's name is known
-    if differs := _differences(found['recipe'], there, recipe, arguments):
+    grows = any(there.get(k) != arguments.get(k) for k in growing)
+    if differs := _differences(found['recipe'], there | {k: arguments.get(k) for k in growing}, recipe, arguments):
         raise BadValue(f'out: {path} holds a run of another recipe ({differs}); {way_out}')
-    if found.get('finished'): raise BadValue(f'out: {path} holds a finished run of this recipe; {way_out}')
+    if found.get('finished') and not grows: raise BadValue(f'out: {path} holds a finished run of this recipe; {way_out}')
     started = any((path/CHECKPOINT).rglob('*.pt'))
-    print(f'{path} holds an unfinished run of this recipe: {"going on from its last checkpoint" if started else "starting it again"}', flush=True)
+    what = 'a smaller run of this recipe: what it lacks is added' if grows else f'an unfinished run of this recipe: {"going on from its last checkpoint" if started else "starting it again"}'
+    print(f'{path} holds {what}', flush=True)
     then, now = found.get('versions', {}), _versions()
     if started and (other := [f'{p} {then.get(p)}, now {v}' for p, v in now.items() if v != then.get(p)]):
         print(f'  it began with {"; ".join(other)}: the rest may differ in the last digits', flush=True)

@@ -76,7 +76,10 @@ def test_mirror_images_that_are_the_same_and_such_that_are_another_class():
 def test_the_harm_is_mcnemars():
     plain, learnt = np.ones(100, bool), np.ones(100, bool)
     learnt[:10], plain[10:12] = False, False                   # 10 right before only, 2 right afterwards only
-    assert Mirror.of(plain, plain, learnt) == Mirror(.98, .98, .9, pytest.approx(8/12**.5)) and Mirror.of(plain, plain, plain).z == 0
+    one = np.zeros(100, int)
+    assert Mirror.of(one, plain, plain, learnt) == Mirror(.98, .98, .9, pytest.approx(8/12**.5)) and Mirror.of(one, plain, plain, plain).z == 0
+    labels = (np.arange(100) >= 90).astype(int)                # a common class that looks the same mirrored, a rare one that does not
+    assert Mirror.of(labels, plain, labels == 0, plain).mirrored == .5
 
 
 def test_what_is_seen_of_a_picture(tmp_path):

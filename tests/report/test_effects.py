@@ -98,6 +98,6 @@ def test_the_words():
     lo, hi = same.interval(1-.05/7)
     assert str(said[2]) == f'no difference larger than {100*max(-lo, hi):.1f} points'
     assert said[3].why == f'not resolved: about {open_.needs(.01, .05/7)-3} more seeds would' and said[3].seeds == open_.needs(.01, .05/7)
-    assert said[4].why.startswith('not resolved: 400 test images are too few, whatever the seeds; about ' )
+    assert said[4].why.startswith('not resolved: for a difference of 1.0 points 400 test images are too few, whatever the seeds; about ')
     assert said[5].why == 'not resolved: 1 seed does not tell how far seeds vary, 3 do' and said[6].why == 'not resolved: 2 seeds do not tell how far seeds vary, 3 do'
     assert str(one) == f'{100*one.value:+.1f} points (one seed)' and ' to ' in str(two)
