@@ -1,9 +1,12 @@
 "The registry: one definition, and what follows from it."
+import gc
 import itertools
+import weakref
 
 import pytest
 from fastai.basics import Callback, Learner
 
+from fastrecipes.recipes.classify import image_classifier
 from fastrecipes.technique import SHARED, STAGES, TECHNIQUES, TechniqueCallback, discover, plan, put, technique
 
 SET = dict(mixup=.3, balance='upsampling', early_stop=dict(patience=2), label_smoothing=True)
@@ -140,3 +143,14 @@ def test_off_does_not_pretend_to_take_back_what_is_on(toy):
 
 def test_a_refusal_tells_what_was_applied_before_it(toy):
     with pytest.raises(ValueError, match='norm: the network has no norm to exchange.*On this Learner already: initialize'): toy().use(initialize=True, norm='group')
+
+
+def test_a_learner_that_was_asked_for_predictions_is_collected(photos):
+    "Its loss, a tensor of fastai's own kind with a view, once held the Learner for good."
+    learn = image_classifier(photos, 'test_resnet', pretrained=False, size=16, bs=4, epochs=1, lr=.01, workers=0)
+    learn.get_preds()
+    assert callable(learn.loss) and float(learn.loss) > 0
+    gone = weakref.ref(learn)
+    del learn
+    gc.collect()
+    assert gone() is None

@@ -189,8 +189,8 @@ def _take(path: Path, recipe: str, arguments: dict, overwrite: bool, growing: tu
         raise BadValue(f'out: {path} holds a run of another recipe ({differs}); {way_out}')
     if found.get('finished') and not grows: raise BadValue(f'out: {path} holds a finished run of this recipe; {way_out}')
     started = any((path/CHECKPOINT).rglob('*.pt'))
-    what = 'a smaller run of this recipe: what it lacks is added' if grows else f'an unfinished run of this recipe: {"going on from its last checkpoint" if started else "starting it again"}'
-    print(f'{path} holds {what}', flush=True)
+    way = 'what it lacks is added' if grows else 'going on from its last checkpoint' if started else 'starting it again'
+    print(f'{path} holds {"a smaller" if grows else "an unfinished"} run of this recipe: {way}', flush=True)
     then, now = found.get('versions', {}), _versions()
     if started and (other := [f'{p} {then.get(p)}, now {v}' for p, v in now.items() if v != then.get(p)]):
         print(f'  it began with {"; ".join(other)}: the rest may differ in the last digits', flush=True)

@@ -50,7 +50,7 @@ def test_what_is_planted_is_found_and_recommended(capsys):
     assert r.baseline.lo < .6 < r.baseline.hi and r.baseline.n == 1000
     text = str(r)
     assert 'mixup      alone       +' in text and 'recommended, chosen on the validation images: mixup: +' in text and '×2.00' in text
-    assert 'seed 5, all but cutout: accuracy 0.' in capsys.readouterr().out
+    assert 'seed 5, all but cutout: test accuracy 0.' in capsys.readouterr().out
 
 
 def test_the_picture():
@@ -103,6 +103,20 @@ def test_what_was_cut_off_goes_on(tmp_path):
     again = ablate(recipe, techniques='mixup,ema', seeds=3, out=str(tmp_path/'cut'))
     assert len(calls) == 4*3+1 and table(tmp_path/'cut') == table(tmp_path/'whole') and str(again).split('report:')[0] == str(whole).split('report:')[0]
     with pytest.raises(BadValue, match='holds a finished run'): ablate(toy, techniques='mixup,ema', seeds=3, out=str(tmp_path/'cut'))
+
+
+def test_seeds_are_added_to_a_finished_run(tmp_path, capsys):
+    times = []
+    def recipe(seed, **techniques):
+        times.append(seed)
+        return toy(seed, **techniques)
+    ablate(recipe, techniques='mixup', seeds=2, out=tmp_path/'run')
+    with pytest.raises(BadValue, match='holds a finished run'): ablate(recipe, techniques='mixup', seeds=2, out=tmp_path/'run')
+    with pytest.raises(BadValue, match='run of another recipe .matters'): ablate(recipe, techniques='mixup', seeds=3, matters=3., out=tmp_path/'run')
+    more = ablate(recipe, techniques='mixup', seeds=4, out=tmp_path/'run')
+    whole = ablate(toy, techniques='mixup', seeds=4)
+    assert len(times) == 2*4 and len(set(times)) == 4 and [f.effects for f in more.findings] == [f.effects for f in whole.findings] and more.baseline == whole.baseline
+    assert 'a smaller run of this recipe: what it lacks is added' in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
 "What is recommended, on folders in which the reason was planted."
+import csv
+import re
 import shlex
 import shutil
 from dataclasses import replace
@@ -65,7 +67,9 @@ def pixels_alone(monkeypatch):
 def test_imbalanced(tmp_path, pixels_alone):
     uneven = recommend(some_digits(tmp_path/'uneven', 100, every={8: 15, 9: 12}))
     assert uneven.techniques['balance'] == 'upsampling' and uneven.facts.ratio == pytest.approx(100*.7/(12*.7), rel=.15)
-    assert "class '9' has 9 images" in str(uneven) or "class '9' has 8 images" in str(uneven)
+    assert "'8' and '9': fewer than 20 images to train on" in ' '.join(str(uneven).split())
+    steps = int(re.search(r'some ([\d,]+) steps', str(uneven))[1].replace(',', ''))
+    assert steps == uneven.settings['epochs']*(10*max(uneven.facts.counts.values())//uneven.settings['bs'])       # each class as often as the commonest
     assert 'balance' not in recommend(some_digits(tmp_path/'even', 30)).techniques
 
 
@@ -74,6 +78,13 @@ def test_tiny_data_get_a_trained_network_whose_body_stays(tmp_path):
     said = recommend(some_digits(tmp_path, 12))
     assert said.settings | dict(arch=ARCH, pretrained=True, freeze=True, bs=8) == said.settings and said.techniques['freeze_bn'] is True
     assert not recommend(some_digits(tmp_path/'more', 60, classes=range(3))).settings.get('freeze')
+
+
+@WEIGHTS
+def test_a_network_that_sees_less_than_the_pixels_show_is_not_frozen(tmp_path, monkeypatch):
+    monkeypatch.setattr(facts, 'deep_features', lambda x, arch: np.random.default_rng(0).normal(size=(len(x), 8)))
+    said = recommend(some_digits(tmp_path, 12))
+    assert said.settings['pretrained'] and 'freeze' not in said.settings
 
 
 def test_without_weights_a_small_network_from_scratch(tmp_path, pixels_alone):
@@ -140,18 +151,21 @@ def test_the_order_and_the_page(tmp_path, pixels_alone):
     assert steps == ['more data', 'augmentation', 'regularization', 'a smaller model', 'ensembles', 'this machine'] and all(a.reason for a in said.advice)
     page = str(said)
     assert [page.index(f'\n{s}\n') for s in steps] == sorted(page.index(f'\n{s}\n') for s in steps)
-    assert '8×8 px, grey' in page and max(map(len, page.split('with all of that')[0].splitlines())) <= 120
+    assert '8×8 px, grey' in page and all(len(line) <= 120 for line in page.split('with all of that')[0].splitlines() if not line.startswith('  fastrecipes '))
 
 
 def test_the_commands_are_understood(tmp_path, pixels_alone):
     folder = some_digits(tmp_path, 150)
     mislabel(folder, .4)
-    said = recommend(folder)
+    said = recommend(folder, test=.15, suspects=tmp_path/'suspects.csv')
+    assert list(csv.DictReader((tmp_path/'suspects.csv').open()))[:2] == [dict(file=s.name, label=s.label, likely=s.likely) for s in said.suspects[:2]]
     for line in (said.command, said.check, *(a.command for a in said.advice if a.command and 'RUN' not in a.command)):
         _, command, *argv = shlex.split(line)
         asked = CommandLine(_function(COMMANDS[command]), command).parse(argv)
         assert asked['path'] == str(folder)
+        assert asked['arch'] == 'resnet10t' and asked['pretrained'] is False and asked['size'] == 32 and asked['test'] == .15 and asked['bs'] <= said.settings['bs']
         if command == 'image-classifier': assert {n: asked[n] for n in said.settings} == said.settings and asked['augment'] == {'flip': False}
+        if command == 'learning-curve': assert asked['bs'] <= said.facts.images/8
 
 
 def test_what_validates_and_tests_is_not_read(tmp_path, pixels_alone):
@@ -172,7 +186,9 @@ def test_a_recipe_uses_them_where_the_call_says_nothing(tmp_path, pixels_alone, 
     folder = some_digits(tmp_path, 40, every={9: 8})
     learn = image_classifier(folder, techniques='recommended', epochs=1, size=16, lr=.01, label_smoothing=False, out=tmp_path/'run')
     said = capsys.readouterr().out
-    assert 'a smaller model' in said and set(learn.techniques) == {'augment', 'balance', 'cache'}
+    assert 'a smaller model' in said and 'whether it pays off' not in said and set(learn.techniques) == {'augment', 'balance', 'cache'}
+    taken = said.partition('taken of it: ')[2].partition('\n')[0]
+    assert 'balance upsampling' in taken and 'augment.flip false' in taken and 'size' not in taken and 'label_smoothing' not in taken
     recipe = yaml.safe_load((tmp_path/'run'/'recipe.yaml').read_text())
     assert recipe | dict(arch='resnet10t', pretrained=False, epochs=1, size=16, bs=8, balance='upsampling', augment={'flip': False}, label_smoothing=False) == recipe
     assert 'techniques' not in recipe
@@ -182,6 +198,7 @@ def test_a_recipe_uses_them_where_the_call_says_nothing(tmp_path, pixels_alone, 
 
 
 @pytest.mark.parametrize('run, says', [(lambda f: image_classifier(f, techniques='recomended'), "techniques: 'recommended', or .* got 'recomended'; did you mean 'recommended'"),
+                                       (lambda f: image_classifier(f, techniques=['mixup']), r"switch them on by name, mixup=True or --mixup; got \['mixup'\]"),
                                        (lambda f: image_classifier(([1], [2]), techniques='recommended'), 'read from a folder of images, and path is tuple'),
                                        (lambda f: image_classifier(f, freeze=True, pretrained=False), 'freeze: the body would stay as it was drawn'),
                                        (lambda f: recommend(f, valid=0.), 'valid: no image is left to validate on')])
