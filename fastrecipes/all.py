@@ -1,5 +1,9 @@
 "fastai.vision.all and every public name here: `from fastrecipes.all import *`."
-from fastai.vision.all import *
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter('ignore', FutureWarning)      # of torch's, about what fastai does as it is imported
+    from fastai.vision.all import *
 
 from fastrecipes.data.albumentation import *
 from fastrecipes.data.augment import *

@@ -43,7 +43,10 @@ def checked(f, techniques=None):
 
 def _bound(f, args, kwargs, who: str, takes: list[str], objects: str | None) -> dict:
     try: arguments = _signature(f).bind(*args, **kwargs).arguments
-    except TypeError as e: raise BadName(f'{who}: {e}; it takes {", ".join(takes) or "no arguments"}') from None
+    except TypeError as e:
+        by_place = [n for n, p in _signature(f).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and n in takes]
+        way = f'{", ".join(by_place)} by position, the rest by name' if 'too many positional' in str(e) and by_place != takes else ', '.join(takes) or 'no arguments'
+        raise BadName(f'{who}: {e}; it takes {way}') from None
     check_types(f, arguments, objects)
     return arguments
 

@@ -42,10 +42,13 @@ def test_a_function_that_looks_at_its_arguments_first():
     def compress(learn, epochs: int = 5): ran.append((learn, epochs))
     @partial(checked, techniques=lambda: {'mixup': None})
     def train(path, epochs: int = 5, **techniques): ran.append((path, epochs, techniques))
+    @checked
+    def shrink(learn, *, share: float = .5): ran.append((learn, share))
     for call, error, message in ((lambda: compress('l', epoch=3), TypeError, "^compress: no argument 'epoch'; did you mean 'epochs'.* It takes learn, epochs"),
                                  (lambda: compress('l', epochs='3'), ValueError, "^epochs must be a whole number, got '3'"),
                                  (lambda: compress(epochs=3), TypeError, "^compress: missing a required argument: 'learn'; it takes learn, epochs"),
-                                 (lambda: compress('l', 3, 4), TypeError, '^compress: too many positional arguments'),
+                                 (lambda: compress('l', 3, 4), TypeError, '^compress: too many positional arguments; it takes learn, epochs$'),
+                                 (lambda: shrink('l', .3), TypeError, '^shrink: too many positional arguments; it takes learn by position, the rest by name$'),
                                  (lambda: train('p', epoch=3), TypeError, "^train: no argument and no technique named 'epoch'; did you mean 'epochs'"),
                                  (lambda: train('p', mixap=3), TypeError, "named 'mixap'; did you mean 'mixup'"), (lambda: train('p', techniques=1), TypeError, "named 'techniques'")):
         with pytest.raises(error, match=message): call()
