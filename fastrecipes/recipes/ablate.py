@@ -177,14 +177,15 @@ def _switched(techniques, settings: dict) -> tuple[list[str], dict, dict]:
 def _all_runs(kept: Kept, of: list[Comparison], seeds: int, clock: '_Clock', pool, train: Training, names) -> dict[tuple[str, str], str]:
     "Seed by seed, every arm that a live comparison needs; which were given up, and why."
     live, stopped = list(of), {}
+    def missing(which: range) -> int: return sum((arm, j) not in kept.runs for arm in arms(live) for j in which)
     for i in range(seeds):
         if i > 1:
-            ahead = 1 if i < LEAST else seeds-i                 # as long as it can be, all get the seeds that a verdict takes
-            while len(live) > 1 and not clock.room_for((len(arms(live))+1)*ahead):
+            ahead = range(i, i+1 if i < LEAST else seeds)       # as long as it can be, all get the seeds that a verdict takes
+            while len(live) > 1 and not clock.room_for(missing(ahead) + len(ahead)):
                 worst = min(live, key=lambda c: _promise(kept.runs, c))
                 live.remove(worst)
                 stopped[worst.technique, worst.where] = 'given up, for want of time'
-        _run(kept, [(arm, i) for arm in arms(live)], pool, train, names, clock, len(arms(live))*(seeds-1-i))
+        _run(kept, [(arm, i) for arm in arms(live)], pool, train, names, clock, missing(range(i+1, seeds)))
     return stopped
 
 

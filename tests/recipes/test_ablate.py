@@ -180,7 +180,7 @@ def test_a_worker_that_dies_again_and_again_is_said(carried, monkeypatch):
     with pytest.raises(BadValue, match='the worker of one run died 2 times; too little memory'): ablate(recipe, techniques='mixup', seeds=2, processes=2)
 
 
-def test_of_too_little_time_the_least_promising_are_given_up(monkeypatch, capsys):
+def test_of_too_little_time_the_least_promising_are_given_up(monkeypatch, capsys, tmp_path):
     now = [0.]
     monkeypatch.setattr(module, 'time', SimpleNamespace(monotonic=lambda: now[0]))
     def recipe(seed, **techniques):
@@ -193,6 +193,11 @@ def test_of_too_little_time_the_least_promising_are_given_up(monkeypatch, capsys
     r = ablate(recipe, techniques='mixup,ema,cutout', seeds=5, minutes=5)
     assert now[0] <= 5*60 and len(r.runs) == 5 and 'the time is up' in capsys.readouterr().out
     assert {f.verdict.why for f in r.findings} == {'not resolved: 1 seed does not tell how far seeds vary, 3 do'}
+    now[0] = 0.
+    ablate(recipe, techniques='mixup,ema,cutout', seeds=4, out=tmp_path/'run')
+    now[0] = 0.
+    r = ablate(recipe, techniques='mixup,ema,cutout', seeds=5, minutes=12, out=tmp_path/'run')
+    assert now[0] == 8*60 and not r.stopped                    # what was done before takes no time
     now[0] = 0.
     with pytest.raises(BadValue, match='minutes: not enough for one comparison'): ablate(recipe, techniques='mixup', seeds=5, minutes=1)
 
