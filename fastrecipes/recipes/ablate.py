@@ -182,7 +182,8 @@ def _all_runs(kept: Kept, of: list[Comparison], seeds: int, clock: '_Clock', poo
         if i > 1:
             ahead = range(i, i+1 if i < LEAST else seeds)       # as long as it can be, all get the seeds that a verdict takes
             while len(live) > 1 and not clock.room_for(missing(ahead) + len(ahead)):
-                worst = min(live, key=lambda c: _promise(kept.runs, c))
+                short = [c for c in live if any((arm, j) not in kept.runs for arm in (c.having, c.lacking) for j in ahead)]
+                worst = min(short or live, key=lambda c: _promise(kept.runs, c))
                 live.remove(worst)
                 stopped[worst.technique, worst.where] = 'given up, for want of time'
         _run(kept, [(arm, i) for arm in arms(live)], pool, train, names, clock, missing(range(i+1, seeds)))
