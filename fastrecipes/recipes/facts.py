@@ -81,6 +81,7 @@ class Facts:
     noise: Estimate | None
     suspects: list[Suspect] = field(repr=False)
     machine: Machine
+    installed: str | None       # a network whose trained weights are
 
     @property
     def images(self) -> int: return self.counts.total()
@@ -103,7 +104,7 @@ class Facts:
     @property
     def noisy(self) -> bool: return self.noise is not None and self.noise.lo > NOISY
     @property
-    def best(self) -> Look | None: return max(self.looks, key=lambda k: k.accuracy.value, default=None)
+    def best(self) -> Look | None: return best_of(self.looks)
 
     @property
     def rows(self) -> list[tuple[str, str]]:
@@ -127,6 +128,11 @@ class Facts:
         return [*rows, ('machine', str(self.machine))]
 
 
+def best_of(looks: list[Look]) -> Look | None:
+    "The look that tells most images apart."
+    return max(looks, key=lambda k: k.accuracy.value, default=None)
+
+
 def facts_of(path, valid=.2, test: float = .1, groups=None, seed: int = 42, progress=print) -> Facts:
     "Read a folder of images. Of those to validate and test nothing is read but their number, and which look like another. A pretrained network is asked if its weights are installed."
     found, sides = found_and_split(path, valid, test, groups, 'together', seed)
@@ -136,15 +142,17 @@ def facts_of(path, valid=.2, test: float = .1, groups=None, seed: int = 42, prog
     looked_at = _sample(found, train, seed)
     pictures = _pictures(found, looked_at, progress)
     looks, suspects, noise = [], [], None
+    installed = next((a for a in PACKAGED if packaged_weights(a)), None)
     if len(looked_at) >= LEAST:
-        looks, labels, names = _looks(found, looked_at, pictures, seed, progress)
-        best = max(looks, key=lambda k: k.accuracy.value)
+        looks, labels, names = _looks(found, looked_at, pictures, installed, seed, progress)
+        best = best_of(looks)
         noise = label_noise(best, labels)
         if noise: suspects = _suspects(found, looked_at, best, labels, names)
     grey = all(p.grey for p in pictures or _pictures(found, train[:LEAST], progress))
     alike = {k for pair in found.near.tolist() for k in pair}
     torn = sum(found.labels[i] != found.labels[j] for i, j in found.near.tolist())
-    return Facts(str(path), Counter(found.labels[i] for i in train), Counter(sides), *sizes.T, grey, len(alike), torn, found.set_aside, looks, noise, suspects, Machine.here())
+    return Facts(str(path), Counter(found.labels[i] for i in train), Counter(sides), *sizes.T, grey, len(alike), torn, found.set_aside, looks, noise, suspects,
+                 Machine.here(), installed)
 
 
 def _sample(found, train: list[int], seed: int) -> list[int]:
@@ -161,12 +169,12 @@ def _pictures(found, which: list[int], progress) -> list[Picture]:
     return [p for _, some in each_chunk(picture, [found.files[i] for i in which]) for p in some]
 
 
-def _looks(found, which, pictures: list[Picture], seed: int, progress) -> tuple[list[Look], np.ndarray, list[str]]:
+def _looks(found, which, pictures: list[Picture], installed: str | None, seed: int, progress) -> tuple[list[Look], np.ndarray, list[str]]:
     "By small pixels, and by the features of the network whose weights are installed."
     names, labels = np.unique([found.labels[i] for i in which], return_inverse=True)
     small, large = np.stack([p.small for p in pictures]), np.stack([p.large for p in pictures])
     kinds = {'their 16×16 pixels': (small_pixels, small)}
-    if arch := next((a for a in PACKAGED if packaged_weights(a)), None): kinds[f'what the pretrained {arch} sees'] = (lambda x: deep_features(x, arch), large)
+    if installed: kinds[f'what the pretrained {installed} sees'] = (lambda x: deep_features(x, installed), large)
     looks = []
     for name, (features, x) in kinds.items():
         progress(f'telling them apart by {name}')

@@ -21,7 +21,7 @@ SIDE, SMALL = 96, 16            # px a side that a network sees, and that count 
 COMPONENTS, FOLDS = 128, 5
 FEW = 5                         # images of a class, copies counted once, below which it is not looked at
 SURE, CONSISTENT = .2, .5       # the share of images that a model is surest of; agreement from which its errors are the labels'
-MISTAKEN = .6                  # of what is told right: if mirrored no more is, it is something else
+MISTAKEN = .6                   # of what is told right: if mirrored no more is, it is something else
 GREY = 2.                       # levels between the channels of a grey picture, on average, after JPEG
 
 

@@ -15,7 +15,6 @@ from fastrecipes.recipes.facts import Facts, facts_of
 from fastrecipes.recipes.looks import percent
 from fastrecipes.report.run_folder import command_line
 from fastrecipes.technique import TECHNIQUES, discover, plan
-from fastrecipes.training.transfer import PACKAGED, packaged_weights
 
 __all__ = ['Advice', 'Recommendation', 'recommend', 'takes_recommended']
 
@@ -68,7 +67,7 @@ class Recommendation:
     def check(self) -> str:
         "The command that tells which of the techniques help."
         asked = [n for n in self.techniques if n not in ASIDE]
-        how = {n: v for n, v in self._all.items() if (n in SETTINGS and n != 'cache') or n in ASIDE[1:] or n in asked and v is not True}
+        how = {n: v for n, v in self._all.items() if n in SETTINGS or n in ASIDE and n != 'cache' or n in asked and v is not True}     # ablate keeps a cache by itself
         return command_line('ablate', dict(path=self.facts.path, techniques=','.join(asked)) | self.asked | how)
     @property
     def suspects(self) -> list: return self.facts.suspects
@@ -109,9 +108,10 @@ def recommend(path: str, *, valid: float | list[str] | str | Callable = .2, test
     asked = {n: v for n, v in dict(valid=valid, test=test, groups=groups, seed=seed).items() if v != defaults[n].default and isinstance(v, (int, float, str))}
     facts = facts_of(path, valid, test, groups, seed, progress=_progress)
     if suspects: _write(suspects, facts.suspects)
-    model, machine = [*_smaller_model(facts)], [*_machine(facts)]
-    how = asked | {n: v for a in (*_more_data(facts, {}), *model, *machine) for n, v in a.settings.items() if n in SETTINGS}       # what other recipes are told as well
-    return Recommendation(facts, [*_more_data(facts, how), *_augmentation(facts), *_regularization(facts), *model, *_ensembles(facts, how), *machine], asked)
+    flaws, model, machine = [*_flaws(facts)], [*_smaller_model(facts)], [*_machine(facts)]
+    how = asked | {n: v for a in (*flaws, *model, *machine) for n, v in a.settings.items() if n in SETTINGS}       # what other recipes are told as well
+    data = [*_more_data(facts, how), *flaws]
+    return Recommendation(facts, [*data, *_augmentation(facts), *_regularization(facts), *model, *_ensembles(facts, how), *machine], asked)
 
 
 def _write(file: str, suspects: list):
@@ -130,6 +130,10 @@ def _more_data(f: Facts, how: dict):
         yield Advice(step, f'{"all classes" if len(rare) == len(f.counts) else some}: fewer than {TINY} images to train on, and nothing below helps as much as more of them')
     bs = min(how.get('bs', 64), 2**int(math.log2(max(1, f.images/9))))      # an eighth of the images must fill a batch
     if bs >= 4: yield Advice(step, 'tells whether more images would help, and by how much', command=command_line('learning-curve', dict(path=f.path) | how | dict(bs=bs)))
+
+
+def _flaws(f: Facts):
+    step = 'more data'
     if f.uneven:
         yield Advice(step, f'{f.largest!r} has {f.ratio:.1f} times the images of {f.smallest!r}: drawn equally often, the rare class is not passed over. Balanced accuracy gains by it, '
                            'plain accuracy may lose; where the rarest classes matter most, logit_adjustment gained more on long-tailed CIFAR-10', dict(balance='upsampling'))
@@ -180,12 +184,11 @@ class _Network:
     @classmethod
     def for_(cls, f: Facts) -> '_Network':
         "A network that so many images can train, with batches and epochs that make enough steps."
-        installed = next((a for a in PACKAGED if packaged_weights(a)), None)
         blind = len(f.looks) > 1 and f.looks[1].accuracy.hi < f.looks[0].accuracy.lo        # it sees less of what tells these classes apart than their pixels show
-        freeze = bool(installed) and not blind and f.images <= TINY*len(f.counts)
+        freeze = bool(f.installed) and not blind and f.images <= TINY*len(f.counts)
         bs = min(64, max(8, 2**int(math.log2(max(1, f.images/20)))))
-        steps = STEPS['frozen' if freeze else 'pretrained' if installed else 'scratch']
-        return cls(installed or ('resnet10t' if f.images < SMALL else 'resnet18'), bool(installed), freeze, bs, min(MOST_EPOCHS, max(5, math.ceil(steps/max(1, f.epoch//bs)))))
+        steps = STEPS['frozen' if freeze else 'pretrained' if f.installed else 'scratch']
+        return cls(f.installed or ('resnet10t' if f.images < SMALL else 'resnet18'), bool(f.installed), freeze, bs, min(MOST_EPOCHS, max(5, math.ceil(steps/max(1, f.epoch//bs)))))
 
 
 def _ensembles(f: Facts, how: dict):

@@ -21,8 +21,8 @@ __all__ = ['losses', 'metrics', 'lr_find', 'schedule', 'confusion', 'intervals',
 INK, SOFT, LINE, ON = '#010101', '#020202', '#030303', '#040404'
 SERIES = ('#050505', '#060606', '#070707', '#080808')
 VARIABLES = {INK: '--ink', SOFT: '--soft', LINE: '--line', ON: '--on', **{c: f'--c{i}' for i, c in enumerate(SERIES, 1)}}
-PAGE = SimpleNamespace(ink=INK, soft=SOFT, line=LINE, series=SERIES)
-PLAIN = SimpleNamespace(ink='.1', soft='.45', line='.8', series=('C0', 'C1', 'C2', 'C3'))          # on a figure of matplotlib's
+PAGE = SimpleNamespace(ink=INK, soft=SOFT, series=SERIES)
+PLAIN = SimpleNamespace(ink='.1', soft='.45', series=('C0', 'C1', 'C2', 'C3'))          # on a figure of matplotlib's
 STYLES = ('-', '--', '-.', ':')                 # a second cue beside colour
 MOST_COUNTS = 20                                # classes up to which a confusion matrix prints its counts
 LABEL = 18                                      # letters of a class name that are shown on an axis

@@ -61,7 +61,7 @@ def mislabel(folder, share: float, seed: int = 0) -> dict:
 @pytest.fixture
 def pixels_alone(monkeypatch):
     "As if the extra with the weights were not installed."
-    for m in (facts, module): monkeypatch.setattr(m, 'packaged_weights', lambda arch: None)
+    monkeypatch.setattr(facts, 'packaged_weights', lambda arch: None)
 
 
 def test_imbalanced(tmp_path, pixels_alone):
