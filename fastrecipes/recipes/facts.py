@@ -13,6 +13,7 @@ from fastrecipes.data.processes import each_chunk
 from fastrecipes.data.scan import verdicts
 from fastrecipes.errors import few
 from fastrecipes.files import in_bytes
+from fastrecipes.production.serving import cores
 from fastrecipes.randomness import stream
 from fastrecipes.recipes.looks import FEW, Look, Picture, deep_features, label_noise, look_at, percent, picture, small_pixels
 from fastrecipes.report.intervals import Estimate
@@ -37,8 +38,7 @@ class Machine:
     @classmethod
     def here(cls) -> 'Machine':
         gpu = torch.cuda.is_available()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-        return cls(cores, _memory(), torch.cuda.get_device_name() if gpu else None, gpu and torch.cuda.is_bf16_supported())
+        return cls(cores(), _memory(), torch.cuda.get_device_name() if gpu else None, gpu and torch.cuda.is_bf16_supported())
 
     def __str__(self):
         memory = f', {in_bytes(self.memory)} of memory' if self.memory else ''
