@@ -141,7 +141,13 @@ if REPAIRS:
 
         fastai 2.8.12 calls nothing then: what a callback lent for a batch or a fit (autocast, a wrapped model) would stay for good. An
         `abort` may return an exception that says better what happened: it is raised instead, once all have had their turn."""
-        try: self._orig__with_events(f, event_type, ex, final)
+        try:
+            try:
+                self(f'before_{event_type}')
+                f()
+            except ex: self(f'after_cancel_{event_type}')
+            self(f'after_{event_type}')
+            final()
         except BaseException as e:
             aborts = [(cb, type(cb).abort) for cb in self.cbs.sorted('order') if hasattr(type(cb), 'abort')]
             if better := [told for cb, abort in aborts if (told := abort(cb, event_type)) is not None]: raise better[0] from e
