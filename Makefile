@@ -14,6 +14,13 @@ test: .venv/ready
 	pytest -n auto --dist loadfile
 	nbdev-test
 
+# Every benchmark, each into its part of bench/RESULTS.md: a day of a machine that has nothing else to do. Those that train for long go on where they were cut off; one that
+# fails does not stop the others. `make bench BENCHES="loop footprint"` runs some.
+BENCHES ?= footprint loop defects loading serving transfer gpu cifar_time imbalance effects ensembles self_training compression compress_cifar ablation_honesty ablation_ray kills mutations serving_fuzz
+bench: .venv/ready
+	@for name in $(BENCHES); do echo "bench/$$name.py"; python -W ignore bench/$$name.py --write || failed="$$failed $$name"; done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
 # uv where there is one; else a plain venv whose pip brings uv: what pip it starts from no longer matters.
 .venv/ready: setup.cfg pyproject.toml
 	@if command -v uv >/dev/null; then uv venv --quiet --allow-existing --python $(PYTHON) .venv && uv pip install --compile-bytecode --python $(BIN)/python -e '.[dev,serve,weights]'; \
@@ -23,4 +30,4 @@ test: .venv/ready
 clean:
 	rm -rf .venv runs nbs/runs build dist *.egg-info
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean

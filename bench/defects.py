@@ -1,6 +1,7 @@
-"""The table of what fastai 2.8.12 does wrong and what is seen here instead, measured anew and written to bench/RESULTS.md.
+"""The table of what fastai 2.8.12 does wrong and what is seen here instead, measured anew.
 
-`python bench/defects.py`"""
+`python bench/defects.py [--write]`"""
+import argparse
 import json
 import os
 import subprocess
@@ -27,5 +28,8 @@ def table() -> str:
 
 
 if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--write', action='store_true')
+    to_write = parser.parse_args().write
     print(rows := table())
-    write('defects', f'## Defects of fastai 2.8.12\n\n`python bench/defects.py`; bold: wrong. Each is a test in tests/contract/test_defects.py.\n\n{rows}')
+    if to_write: write('defects', f'## Defects of fastai 2.8.12\n\n`python bench/defects.py`; bold: wrong. Each is a test in tests/contract/test_defects.py.\n\n{rows}')

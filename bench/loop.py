@@ -2,8 +2,8 @@
 
     python bench/loop.py [--rounds 15] [--batches 100] [--epochs 3] [--write]
 
-A tiny convnet on 8×8 px, and a batch of validation an epoch. Three contestants in one run: the loop by hand, fastai as it is (another process, in which nothing of ours is imported), and fastai with this
-package imported. Rounds are interleaved, each in its turn trains on all batches; the ratio is the median over rounds. One thread."""
+A tiny convnet on 8×8 px, and a batch of validation an epoch. Three contestants in one run: the loop by hand, fastai as it is (another process, in which nothing of ours is
+imported), and fastai with this package imported. Rounds are interleaved, each in its turn trains on all batches; the ratio is the median over rounds. One thread."""
 import argparse
 import os
 import statistics

@@ -1,5 +1,5 @@
 "All ops of the table, at several magnitudes, beside Pillow's and 32 times their difference: `python bench/op_sheet.py sheet.png [image]`."
-import sys
+import argparse
 
 import numpy as np
 import torch
@@ -42,5 +42,9 @@ def sheet(image: Image.Image) -> Figure:
 
 
 if __name__ == '__main__':
-    given = Image.open(sys.argv[2]).convert('RGB') if len(sys.argv) > 2 else Image.fromarray(load_sample_image('china.jpg')).crop((120, 0, 520, 400))
-    sheet(given.resize((SIDE, SIDE))).savefig(sys.argv[1], dpi=110)
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('sheet', help='the picture to write')
+    parser.add_argument('image', nargs='?', help="the picture to start from: scikit-learn's china.jpg unless given")
+    asked = parser.parse_args()
+    given = Image.open(asked.image).convert('RGB') if asked.image else Image.fromarray(load_sample_image('china.jpg')).crop((120, 0, 520, 400))
+    sheet(given.resize((SIDE, SIDE))).savefig(asked.sheet, dpi=110)

@@ -20,6 +20,7 @@ COMMANDS = {
     'demo': 'fastrecipes.recipes.pipeline:demo',
     'pipeline': 'fastrecipes.recipes.pipeline:pipeline',
     'image-classifier': 'fastrecipes.recipes.classify:image_classifier',
+    'fast-classifier': 'fastrecipes.recipes.fast:fast_classifier',
     'cross-validate': 'fastrecipes.recipes.validate:cross_validate',
     'recommend': 'fastrecipes.recipes.recommend:recommend',
     'ablate': 'fastrecipes.recipes.ablate:ablate',

@@ -33,7 +33,9 @@ def _listeners(learn: Learner, name: str) -> list[Callback]:
     "Who answers `name`, in order: looked up anew where callbacks came or went, and at each event that is not of a batch."
     known, cbs = vars(learn.cbs).get('_known'), learn.cbs.items
     if known is None or name not in IN_A_BATCH or known[0] != cbs: known = learn.cbs._known = (list(cbs), {})
-    if name not in known[1]: known[1][name] = [cb for cb in sorted(cbs, key=ORDER) if answers(cb, name)]
+    if name not in known[1]:
+        who, watch = [cb for cb in sorted(cbs, key=ORDER) if answers(cb, name)], vars(learn).get('_watch')
+        known[1][name] = watch(who, name) if watch else who             # `profile` puts its clock around each
     return known[1][name]
 
 

@@ -4,6 +4,7 @@ import warnings
 from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
 
 import cloudpickle
@@ -133,7 +134,8 @@ if REPAIRS:
 
     @patch
     def _do_fit(self: Learner):
-        for self.epoch in range(self._first_epoch, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+        "Epochs until there are `n_epoch`, a number that may change while they are trained (`fit_for`)."
+        for self.epoch in takewhile(lambda epoch: epoch < self.n_epoch, count(self._first_epoch)): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
     @patch
     def _with_events(self: Learner, f, event_type, ex, final=noop):

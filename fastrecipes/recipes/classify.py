@@ -20,6 +20,7 @@ from fastrecipes.report.evidence import Row, gather, keep_run, score
 from fastrecipes.report.history import history, lines_unless_terminal
 from fastrecipes.report.run_folder import RunFolder
 from fastrecipes.technique import discover, plan
+from fastrecipes.training.clock import check_minutes
 from fastrecipes.training.distributed import one_process
 from fastrecipes.training.finders import find_lr
 from fastrecipes.training.reproducibility import seed_everything
@@ -36,7 +37,7 @@ HEAD = 'new head, body frozen'                      # the title of a fit
 
 @partial(checked, techniques=discover)
 @takes_recommended
-def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float | str = 'find', size: int = 224, bs: int = 64,
+def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, minutes: float | None = None, lr: float | str = 'find', size: int = 224, bs: int = 64,
                      valid: float | list[str] | str | Callable = .2, test: float = .1, groups: str | Callable | None = None, near_duplicates: NearDuplicates = 'warn',
                      resize: Resize = 'crop', pretrained: bool = True, weights: str | None = None, freeze: bool = False, schedule: Schedule = 'flat_cos',
                      techniques: list[str] | str | None = None, seed: int = 42, workers: int | None = None, out: str | None = None, overwrite: bool = False,
@@ -52,6 +53,7 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
         path: the folder; or fastai `DataLoaders`, a torch `Dataset`, a tuple of torch datasets or loaders
         arch: any network of timm or torchvision
         epochs: passes over the training data, at least 1
+        minutes: train for so long instead, with the schedule following the clock; validation comes on top, and the epoch of a new head
         lr: the highest learning rate, or 'find'
         size: width and height of the images, in px
         bs: images a batch
@@ -72,7 +74,7 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     """
     asked = {k: v for k, v in locals().items() if k not in ('techniques', 'switched')} | switched
     todo = plan({**USUAL, **switched})
-    check_recipe(path, arch, epochs, lr, schedule, groups, freeze and not pretrained and weights is None)
+    check_recipe(path, arch, epochs, lr, schedule, groups, freeze and not pretrained and weights is None, minutes)
     if 'to_distributed' not in {t.name for t, _ in todo}: one_process('image_classifier without to_distributed')
 
     seed_everything(seed)
@@ -82,7 +84,7 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, lr: float
     with RunFolder.open('image-classifier', asked, out, overwrite, defaults=image_classifier).under_way() if out else nullcontext() as run:
         if run: run.note_data(dls)
         learn = made(dls, arch, net, seed, todo)
-        train(learn, epochs, lr, schedule, pretrained or weights is not None, freeze)
+        train(learn, epochs, lr, schedule, pretrained or weights is not None, freeze, minutes=minutes)
 
         if run:
             scored = score(learn)
@@ -98,11 +100,14 @@ def made(dls, arch: str, net, seed: int, todo) -> Learner:
     return learn
 
 
-def train(learn: Learner, epochs: int, lr: float | str = 'find', schedule: Schedule = 'flat_cos', pretrained: bool = False, freeze: bool = False, title: str = 'all layers'):
-    "Find a rate if asked, then fit: from scratch all at once; `pretrained`, one epoch of the new head first, then earlier layers at lower rates; with `freeze` the head alone."
+def train(learn: Learner, epochs: int, lr: float | str = 'find', schedule: Schedule = 'flat_cos', pretrained: bool = False, freeze: bool = False, title: str = 'all layers',
+          minutes: float | None = None):
+    """Find a rate if asked, then fit: from scratch all at once; `pretrained`, one epoch of the new head first, then earlier layers at lower rates; with `freeze` the head
+    alone. `minutes`: so long, and not `epochs`."""
     rates = rate_of(learn, lr) if freeze else begun(learn, lr, schedule, pretrained)
     history(learn).title = HEAD if freeze else title
-    fit_by(learn, schedule, epochs, rates)
+    if minutes is None: fit_by(learn, schedule, epochs, rates)
+    else: learn.fit_for(minutes, rates, schedule)
 
 
 def rate_of(learn: Learner, lr: float | str) -> float:
@@ -128,11 +133,13 @@ def check_fit(epochs: int, lr: float | str):
     if lr != 'find' and (isinstance(lr, str) or not lr > 0): raise BadValue(f"lr: a number above 0, or 'find', got {lr!r}")
 
 
-def check_recipe(path, arch, epochs, lr, schedule, groups=None, drawn_and_frozen: bool = False):
+def check_recipe(path, arch, epochs, lr, schedule, groups=None, drawn_and_frozen: bool = False, minutes=None):
     "Raise for what can be told wrong before any data are read and any weights fetched."
     if groups is not None and not isinstance(path, (str, Path)): raise BadValue(f'groups: found in the names of files, and path is {type(path).__name__}; give a folder of images')
     if drawn_and_frozen: raise BadValue('freeze: the body would stay as it was drawn; start from trained weights (pretrained or weights)')
     if isinstance(path, (str, Path)): check_root(path)
     check_arch(arch)
     check_fit(epochs, lr)
+    if minutes is not None: check_minutes('image_classifier', minutes)
+    if minutes is not None and schedule == 'sgdr': raise BadValue("schedule: 'sgdr' counts epochs, and this fit goes by minutes; take cos or one_cycle")
     if schedule not in get_args(Schedule): raise BadValue(f'schedule: one of {", ".join(get_args(Schedule))}, got {schedule!r}{nearest(schedule, get_args(Schedule))}')

