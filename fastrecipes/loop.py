@@ -46,6 +46,13 @@ def _where(module: nn.Module) -> torch.device | None:
     return next(filter(None, map(_where, module._modules.values())), None)
 
 
+def _told(e: Exception, who: str, event_name: str) -> Exception:
+    "`e` with the place where it happened, as fastai has it; one without a message gets one."
+    if e.args: return modify_exception(e, f'Exception occured in `{who}` when calling event `{event_name}`:\n\t{e.args[0]}', replace=True)
+    e.args = (f'{type(e).__name__} without a message in `{who}` when calling event `{event_name}`',)
+    return e
+
+
 if REPAIRS:
     @patch
     def __call__(self: Learner, event_name):
@@ -57,7 +64,7 @@ if REPAIRS:
                 elif cb.run and (cb.run_train if self.training else cb.run_valid):
                     try: getattr(cb, name)()
                     except CANCELS: raise
-                    except Exception as e: raise modify_exception(e, f'Exception occured in `{type(cb).__name__}` when calling event `{name}`:\n\t{e.args[0]}', replace=True)
+                    except Exception as e: raise _told(e, type(cb).__name__, name)
 
     @patch
     def _set_device(self: Learner, b):

@@ -129,11 +129,7 @@ class Profile(TechniqueCallback):
 
     def after_fit(self):
         if self._stop() is None: return
-        f, train = self.found, self.found.parts('train')
-        if not f.batches['train']: return say(self.learn, 'profile', 'a fit of one batch: nothing to tell', aloud=True)
-        shares = ', '.join(f'{w} {s/sum(train.values()):.0%}' for w, s in sorted(train.items(), key=lambda o: -o[1])[:4])
-        say(self.learn, 'profile', f'{1e3*sum(train.values())/f.batches["train"]:.2f} ms a training batch: {shares}' + ''.join(f'; {w}' for w in f.words))
-        if writes(): print(f)
+        if writes(): print(self.found if self.found.batches['train'] else 'profile: a fit of one batch, nothing to tell')
 
     def abort(self, level):
         if level == 'fit': self._stop()
@@ -154,4 +150,5 @@ def profile(self: Learner) -> Learner:
     NVIDIA's own count, where the package pynvml is installed). `learn.profile_cb.found` holds the numbers, `.found.plot()` draws them. On a GPU it waits for
     each phase to end, which takes some time itself. `lr_find` is not measured. Raises `ValueError` where the mends of fastai are switched off."""
     if not REPAIRS: raise BadValue('profile: needs the mends of fastai; unset FASTRECIPES_REPAIRS')
+    say(self, 'profile', 'the time of each fit, part by part, is printed after it, and kept in learn.profile_cb.found')       # no figures: no two runs have the same
     return put(self, Profile())
