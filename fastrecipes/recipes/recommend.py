@@ -24,7 +24,8 @@ __all__ = ['Advice', 'Recommendation', 'recommend', 'takes_recommended']
 TINY, SMALL = 20, 5000
 STEPS, MOST_EPOCHS = dict(frozen=300, pretrained=600, scratch=1500), 40        # of a fit
 USUAL_SIZE, LARGEST, MANY_CORES = 224, 128, 16  # px a side, and without a GPU unless there are so many cores
-# px a side, and training images, from which a small network from scratch makes more of five minutes than lite0: EVIDENCE
+# px a side up to which, and training images from which, a small network from scratch is taken. CIFAR-10, one seed, a minute on two cores: it makes 66.0 % of the test images with
+# 2,000 training images, 75.0 with 5,000, 78.7 with 10,000; lite0 at 96 px, in its 49 seconds with 2,000, 60.2. How they compare after five minutes is not measured
 TINY_SIDE, ENOUGH, MINUTES = 48, 5000, 5.
 WIDTH = 110
 ASIDE = ('cache', 'to_fp16', 'to_bf16', 'freeze_bn')          # techniques that change how long it takes, or belong to a setting: nothing to tell about
