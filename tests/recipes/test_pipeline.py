@@ -130,7 +130,7 @@ def test_weights_that_cannot_be_fetched_name_the_way_out(photos, monkeypatch):
 
 def test_the_seed_reaches_the_first_weights_of_body_and_head(photos, monkeypatch):
     class Reached(Exception): pass
-    def reached(learn, *args): raise Reached(learn)
+    def reached(learn, *args, **kwargs): raise Reached(learn)
     monkeypatch.setattr('fastrecipes.recipes.classify.train', reached)
     def first(seed, draws):
         torch.rand(draws)
