@@ -181,5 +181,7 @@ if __name__ == '__main__':
         print(json.dumps(run(who, Path(data), minutes, seed)))
     else:
         from results import write
+        command = ' '.join(f'--{n} {" ".join(map(str, v)) if isinstance(v, list) else v}'.strip() for n, v in vars(asked).items() if n in ('minutes', 'images', 'seeds', 'ours'))
         print(said := main(asked.data, asked.out, asked.minutes, asked.images, asked.seeds, asked.ours))
-        if asked.write: write('cifar_time', f'## CIFAR-10, the same minutes for all\n\n`python bench/cifar_time.py`: {os.cpu_count()} cores, no GPU.\n\n{said}')
+        how = f'`python bench/cifar_time.py {command}`, one run at a time; rows that are missing were not run.'
+        if asked.write: write('cifar_time', f'## CIFAR-10, the same minutes for all\n\n{how}\n\n{said}')

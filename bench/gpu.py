@@ -65,7 +65,7 @@ def main(data: Path, theirs: Path | None, imagenette: Path | None, seeds: int, e
     contestants = {'CIFAR-10, fastrecipes': lambda seed: ours(data, seed, epochs)} if ready else {}
     if ready and theirs: contestants['CIFAR-10, airbench94'] = airbench(theirs)
     if ready: ours(data, 0, 1)                                  # kernels chosen, pixels decoded
-    found = {name: [] for name in ('CIFAR-10, fastrecipes', 'CIFAR-10, airbench94', *(f'Imagenette, {n} epochs (leaderboard {100*v} %)' for n, v in LEADERBOARD.items()))}
+    found = {name: [] for name in ('CIFAR-10, fastrecipes', 'CIFAR-10, airbench94', *(f'Imagenette, {n} epochs (leaderboard {v:.2%})' for n, v in LEADERBOARD.items()))}
     for seed in range(seeds):
         for name, once in contestants.items(): found[name].append(once(seed))
     if gpu and imagenette:
