@@ -11,7 +11,7 @@ guess how many epochs fit into them, all four move the rate by the clock and sto
 - timm style: what its train.py does with a model, on the same network: its transforms for training, SGD with Nesterov momentum, cosine with warm-up, label smoothing, --channels-last.
 
 fastai and timm run in processes in which nothing of ours but the network is imported. The machine must have nothing else to do. Runs take turns, one at a time; one that is done is a
-line of OUT/runs.jsonl and is not run again. `--ours`: further budgets for ours alone, 10,000 images and the first seed of each: how soon it has what the others have after 5 minutes."""
+line of OUT/runs.jsonl and is not run again. `--ours`: further budgets for ours alone, 10,000 images, all seeds: how soon it has what the others have after 5 minutes."""
 import argparse
 import json
 import math
@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,16 +144,15 @@ def table(done: list[dict]) -> str:
             own = [r for r in done if (r['n'], r['minutes'], r['who']) == (n, minutes, who)]
             cells.append(f'{spread([r["accuracy"] for r in own])}, {statistics.mean(r["images"] for r in own)/n:.1f} epochs' if own else '')
         lines.append(f'| {n:,} | {minutes:g} | ' + ' | '.join(cells) + ' |')
-    runs = max(sum((r['n'], r['minutes'], r['who']) == k for r in done) for k in {(r['n'], r['minutes'], r['who']) for r in done})
+    runs = max(Counter((r['n'], r['minutes'], r['who']) for r in done).values())
     return '\n'.join([*lines, '', f'Test accuracy in %, mean and range of up to {runs} seeds; passes over the training images.'])
 
 
 def main(data: Path, out: Path, minutes: list[float], images: list[int], seeds: int, more: list[float]) -> str:
-    from imbalance import ready
-    ready(data, out)
-    out.mkdir(parents=True, exist_ok=True)
-    file = out/'runs.jsonl'
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    from imbalance import done as done_in
+    from imbalance import note, ready
+    file = ready(data, out)
+    done = done_in(file)
     todo = [(n, m, seed, who) for m in sorted(minutes) for n in images for seed in range(seeds) for who in WHO] + [(images[0], m, seed, WHO[0]) for m in more for seed in range(seeds)]
     environment = {k: v for k, v in os.environ.items() if k != 'OMP_NUM_THREADS'}         # all cores, for everybody
     for n, m, seed, who in todo:
@@ -161,7 +161,7 @@ def main(data: Path, out: Path, minutes: list[float], images: list[int], seeds: 
         one = [sys.executable, '-W', 'ignore', __file__, '--one', json.dumps([who, str(part(data, out, n, seed)), m, seed])]
         answer = subprocess.run(one, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         done.append(key | json.loads(answer.stdout.splitlines()[-1]))
-        with file.open('a') as f: f.write(json.dumps(done[-1])+'\n')
+        note(file, done[-1])
         print(f'{who}, {n:,} images, {m:g} minutes, seed {seed}: {100*done[-1]["accuracy"]:.2f} %, {done[-1]["images"]/done[-1]["seconds"]:.0f} images/s', flush=True)
     return table(done)
 

@@ -10,7 +10,7 @@ from fastai.basics import (AvgSmoothLoss, Callback, CancelBackwardException, Can
 from fastai.callback.core import _inner_loop
 from fastcore.xtras import modify_exception
 
-from fastrecipes.repairs import REPAIRS
+from fastrecipes.repairs import REPAIRS, with_message
 
 __all__ = ['answers']
 
@@ -46,11 +46,10 @@ def _where(module: nn.Module) -> torch.device | None:
     return next(filter(None, map(_where, module._modules.values())), None)
 
 
-def _told(e: Exception, who: str, event_name: str) -> Exception:
+def _told(e: Exception, cb: Callback, event_name: str) -> Exception:
     "`e` with the place where it happened, as fastai has it; one without a message gets one."
-    if e.args: return modify_exception(e, f'Exception occured in `{who}` when calling event `{event_name}`:\n\t{e.args[0]}', replace=True)
-    e.args = (f'{type(e).__name__} without a message in `{who}` when calling event `{event_name}`',)
-    return e
+    if not e.args: return with_message(e, cb, event_name)
+    return modify_exception(e, f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`:\n\t{e.args[0]}', replace=True)
 
 
 if REPAIRS:
@@ -64,7 +63,7 @@ if REPAIRS:
                 elif cb.run and (cb.run_train if self.training else cb.run_valid):
                     try: getattr(cb, name)()
                     except CANCELS: raise
-                    except Exception as e: raise _told(e, type(cb).__name__, name)
+                    except Exception as e: raise _told(e, cb, name)
 
     @patch
     def _set_device(self: Learner, b):

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.files import whole
 
-__all__ = ['REPAIRS', 'bare', 'export_to', 'fitting', 'holding', 'is_trial', 'orientation', 'with_own_memory']
+__all__ = ['REPAIRS', 'bare', 'export_to', 'fitting', 'holding', 'is_trial', 'orientation', 'with_message', 'with_own_memory']
 REPAIRS = os.environ.get('FASTRECIPES_REPAIRS', '1') != '0'
 
 
@@ -115,6 +115,12 @@ def _plain(v) -> bool:
     return v is None or isinstance(v, (bool, int, float, str))
 
 
+def with_message(e: Exception, cb: Callback, event_name: str) -> Exception:
+    "`e`, which has no message, with one that says where it happened."
+    e.args = (f'{type(e).__name__} without a message in `{type(cb).__name__}` when calling event `{event_name}`',)
+    return e
+
+
 if REPAIRS:
     @patch
     def fit(self: Learner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
@@ -177,8 +183,7 @@ if REPAIRS:
         except IndexError as e:
             cause = e.__context__
             if cause is None or cause.args or e.args != ('tuple index out of range',): raise
-            cause.args = (f'{type(cause).__name__} without a message in `{type(self).__name__}` when calling event `{event_name}`',)
-            raise cause from None
+            raise with_message(cause, self, event_name) from None
 
     @patch
     def __init__(self: TrackerCallback, monitor='valid_loss', comp=None, min_delta=0., reset_on_fit=True):

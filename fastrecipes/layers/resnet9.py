@@ -14,14 +14,14 @@ class ResNet9(nn.Module):
     scale, head_dropout = .125, 0.
     def __init__(self, num_classes: int = 10, in_chans: int = 3, width: int = 64, drop_rate: float = 0., **kwargs):
         super().__init__()
-        self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, 8*width
+        self.in_chans, self.num_features = in_chans, 8*width
         self.stem = ConvBnReLU(in_chans, width)
         self.stage1 = nn.Sequential(ConvBnReLU(width, 2*width, pool=True), Residual(2*width))
         self.stage2 = ConvBnReLU(2*width, 4*width, pool=True)
         self.stage3 = nn.Sequential(ConvBnReLU(4*width, 8*width, pool=True), Residual(8*width))
         self.pool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
         self.drop = nn.Dropout(drop_rate)
-        self.fc = nn.Linear(8*width, num_classes) if num_classes else nn.Identity()
+        self.reset_classifier(num_classes)
 
     def forward_features(self, x): return self.stage3(self.stage2(self.stage1(self.stem(x))))
     def forward_head(self, x, pre_logits: bool = False):

