@@ -10,10 +10,10 @@ from textwrap import fill
 from fastai.basics import Learner
 
 from fastrecipes.errors import BadName, nearest
-from fastrecipes.flags import flags_of, section_of
+from fastrecipes.flags import flags_of, section_of, sections_of
 from fastrecipes.technique import STAGES, Technique, discover
 
-__all__ = ['ls', 'card', 'company', 'composition', 'listing', 'pairs', 'record']
+__all__ = ['ls', 'card', 'company', 'composition', 'in_order', 'listing', 'others', 'pairs', 'record']
 
 
 def ls(name: str | None = None, *, matrix: bool = False, json: bool = False) -> None:
@@ -26,9 +26,9 @@ def ls(name: str | None = None, *, matrix: bool = False, json: bool = False) -> 
     """
     techniques = discover()
     if name is not None and name not in techniques:
-        others = _others(techniques)
-        if (other := name.replace('-', '_')) in others and not matrix: return print(jsonlib.dumps(others[other], indent=2, ensure_ascii=False) if json else _page(others[other]))
-        found = nearest(name, techniques if matrix else [*techniques, *others]) or ';'
+        known = others(techniques)
+        if (other := name.replace('-', '_')) in known and not matrix: return print(jsonlib.dumps(known[other], indent=2, ensure_ascii=False) if json else _page(known[other]))
+        found = nearest(name, techniques if matrix else [*techniques, *known]) or ';'
         raise BadName(f'ls: no technique named {name!r}{found} `fastrecipes ls` lists the {len(techniques)} there are')
     if matrix: records = pairs(techniques.values(), name)
     else: records = record(techniques[name]) if name else [record(t) for t in techniques.values()]
@@ -37,12 +37,13 @@ def ls(name: str | None = None, *, matrix: bool = False, json: bool = False) -> 
     else: print(card(techniques[name]) if name else listing(techniques.values()))
 
 
-def _others(techniques) -> dict[str, dict]:
+def others(techniques) -> dict[str, dict]:
     "What there is beside techniques: the methods that a Learner has of ours, and the functions that `fastrecipes.all` gives, as records by name."
     ours = lambda f: callable(f) and getattr(f, '__module__', '').startswith('fastrecipes') and inspect.getdoc(f)
-    methods = {n: dict(name=n, kind='method', call=f'learn.{n}{_signature(f, 1)}', doc=inspect.getdoc(f))
+    room = lambda f: f.__module__.split('.')[1]
+    methods = {n: dict(name=n, kind='method', room=room(f), call=f'learn.{n}{_signature(f, 1)}', doc=inspect.getdoc(f))
                for n, f in inspect.getmembers(Learner, inspect.isfunction) if ours(f) and not n.startswith('_') and n not in techniques}
-    functions = {n: dict(name=n, kind='class' if inspect.isclass(f) else 'function', call=f'{n}{_signature(f)}', doc=inspect.getdoc(f))
+    functions = {n: dict(name=n, kind='class' if inspect.isclass(f) else 'function', room=room(f), call=f'{n}{_signature(f)}', doc=inspect.getdoc(f))
                  for n, f in vars(import_module('fastrecipes.all')).items() if (inspect.isfunction(f) or inspect.isclass(f) and not issubclass(f, Exception)) and ours(f)}
     return {**functions, **methods}
 
@@ -53,7 +54,9 @@ def _signature(f, skip: int = 0) -> str:
     return _short(str(signature.replace(parameters=list(signature.parameters.values())[skip:], return_annotation=signature.empty)))
 
 
-def _short(types: str) -> str: return re.sub(r'\b(?:[a-z_]\w*\.)+(?=[A-Z])', '', types)
+def _short(types: str) -> str:
+    types = re.sub(r"<(?:module|class|function) '?([\w.]+)[^>]*>", r'\1', types)
+    return re.sub(r'\b(?:[a-z_]\w*\.)+(?=[A-Z])', '', types)
 
 
 def _page(other: dict) -> str: return f'{other["call"]}\n\n{other["doc"]}\n\na {other["kind"]}, and no technique: it is called, and recipes take no keyword for it'
@@ -62,7 +65,7 @@ def _page(other: dict) -> str: return f'{other["call"]}\n\n{other["doc"]}\n\na {
 def listing(techniques) -> str:
     "One line each, by section, sections in the order of their stages: call, stage, what it does."
     width, lines = 46, []                       # a longer call has a line of its own
-    for section, group in groupby(_in_order(techniques), section_of):
+    for section, group in groupby(in_order(techniques), section_of):
         lines.append(section)
         for t in group:
             call = f'  {_call(t):{width}}'
@@ -73,13 +76,13 @@ def listing(techniques) -> str:
 
 def pairs(techniques, name: str | None = None) -> list[dict]:
     "Every two techniques, or those with `name`: whether they go together, and the sentence that says why not."
-    return [dict(techniques=[a.name, b.name], together=why is None, why=why) for a, b in combinations(_in_order(techniques), 2)
+    return [dict(techniques=[a.name, b.name], together=why is None, why=why) for a, b in combinations(in_order(techniques), 2)
             if name in (None, a.name, b.name) for why in [a.refuses.get(b.name) or b.refuses.get(a.name)]]
 
 
 def composition(techniques) -> str:
     "Which techniques go together: a table with a letter for each sentence that says why not, and the sentences."
-    ordered = _in_order(techniques)
+    ordered = in_order(techniques)
     refused = {frozenset(p['techniques']): p['why'] for p in pairs(ordered) if not p['together']}
     marks = dict(zip(dict.fromkeys(refused.values()), chain(ascii_letters, repeat('#'))))
     width, numbers = max(len(t.name) for t in ordered), range(1, len(ordered)+1)
@@ -103,7 +106,7 @@ def company(t: Technique, techniques) -> str:
     return '\n'.join(fill(line, 100, subsequent_indent='  ') for line in lines)
 
 
-def _in_order(techniques) -> list[Technique]:
+def in_order(techniques) -> list[Technique]:
     "By section, sections in the order of their stages."
     first = {}
     for t in techniques: first[section_of(t)] = min(first.get(section_of(t), len(STAGES)), STAGES.index(t.stage))
@@ -115,7 +118,7 @@ def card(t: Technique) -> str:
     signature = _short(', '.join(map(str, t.parameters.values())))
     first = next(iter(t.parameters.values()), None)
     value = first and (repr(first.default) if first.default not in (first.empty, None) else f'<{first.name}>')
-    rows = [('section', section_of(t)), ('stage', t.stage), ('source', t.source), ('touches', ', '.join(t.touches)),
+    rows = [('section', ', '.join(sections_of(t))), ('stage', t.stage), ('source', t.source), ('touches', ', '.join(t.touches)),
             ('after', ', '.join(t.after)), ('before', ', '.join(t.before)), ('replaces', t.replaces)]
     rows += [('refuses', f'{other}: {why}') for other, why in t.refuses.items()] + [('', '')]
     rows += [('method', f'learn.{t.name}({value})' if first else f'learn.{t.name}()'),
@@ -126,7 +129,7 @@ def card(t: Technique) -> str:
 
 def record(t: Technique) -> dict:
     "The same as plain data, for programs."
-    return dict(name=t.name, section=section_of(t), stage=t.stage, source=t.source, summary=t.summary, doc=t.doc,
+    return dict(name=t.name, section=section_of(t), sections=list(sections_of(t)), stage=t.stage, source=t.source, summary=t.summary, doc=t.doc, formula=t.formula,
                 arguments={n: None if p.default is p.empty else p.default for n, p in t.parameters.items()},
                 required=[n for n, p in t.parameters.items() if p.default is p.empty],
                 touches=list(t.touches), after=list(t.after), before=list(t.before), refuses=dict(t.refuses), replaces=t.replaces)

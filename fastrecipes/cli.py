@@ -14,7 +14,7 @@ from fastrecipes import __version__
 from fastrecipes.errors import BadName, UserError, nearest
 from fastrecipes.files import writes
 
-__all__ = ['COMMANDS', 'main']
+__all__ = ['COMMANDS', 'function_of', 'main']
 
 COMMANDS = {
     'demo': 'fastrecipes.recipes.pipeline:demo',
@@ -67,16 +67,17 @@ def _run(argv: list[str]) -> int:
         what = 'option' if command.startswith('-') else 'command'
         raise BadName(f'no {what} {command!r}{nearest(command, [*COMMANDS, "--help", "--version"]) or ";"} `fastrecipes --help` lists them')
 
-    fn = _function(COMMANDS[command])
+    fn = function_of(COMMANDS[command])
     from fastrecipes.flags import CommandLine
     line = CommandLine(fn, command)
     try: arguments = line.parse(rest)
-    except SystemExit as e: return e.code or 0  # --help and --print_config have printed
+    except SystemExit as e: return int(e.code or 0)  # --help and --print_config have printed
     if 'out' in arguments and arguments['out'] is None: arguments['out'] = f'runs/{command}-{time.strftime("%Y%m%d-%H%M%S")}'
     return _show(fn(**arguments), arguments.get('out'))
 
 
-def _function(target: str):
+def function_of(target: str):
+    "What a command calls: `module:name`."
     module, name = target.split(':')
     return getattr(import_module(module), name)
 

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 
 from fastrecipes.errors import BadName, BadValue, NotThere, nearest
 
-__all__ = ['CommandLine', 'carried', 'domain', 'flags_of', 'section_of', 'shown']
+__all__ = ['CommandLine', 'carried', 'domain', 'flags_of', 'section_of', 'sections_of', 'shown']
 
 WORDS = {int: 'a whole number', float: 'a number', str: 'text', Path: 'a path', NoneType: 'null', list: 'a list [a, b]',
          tuple: 'a list [a, b]', dict: 'a mapping {name: value}'}
@@ -218,9 +218,12 @@ def _literal(text: str):
     except (ValueError, SyntaxError): return text
 
 
-def section_of(t) -> str:
-    "The chapter a technique is listed under."
-    return t.section if isinstance(t.section, str) else t.section[0]
+def sections_of(t) -> tuple[str, ...]:
+    "The chapters a technique belongs to, the one that lists it first."
+    return (t.section,) if isinstance(t.section, str) else tuple(t.section)
+
+
+def section_of(t) -> str: return sections_of(t)[0]
 
 
 def _argument_types(t) -> dict:

@@ -41,6 +41,7 @@ class Technique:
     refuses: Mapping = field(default_factory=dict)
     example: Mapping | Callable | None = None
     replaces: str | None = None
+    formula: str | None = None
 
     @property
     def parameters(self) -> dict:
@@ -48,7 +49,7 @@ class Technique:
         return dict(list(inspect.signature(self.f).parameters.items())[1:])
 
     @property
-    def doc(self) -> str: return inspect.getdoc(self.f)
+    def doc(self) -> str: return inspect.getdoc(self.f) or ''
 
     @property
     def summary(self) -> str: return self.doc.split('\n')[0]
@@ -111,12 +112,14 @@ def applied(learn: Learner) -> dict[str, Applied]:
 Learner.techniques = MappingProxyType({})       # of one that has none
 
 
-def technique(stage: str, *, section, source: str, touches=(), after=(), before=(), refuses=None, example=None, replaces=None):
+def technique(stage: str, *, section, source: str, touches=(), after=(), before=(), refuses=None, example=None, replaces=None,
+              formula: str | None = None):
     """Register `f(learn, …) -> learn` as a technique, patch it onto `Learner` and return it.
 
     `stage` is one of `STAGES`; `after`/`before` order it within its stage; `refuses` maps another technique to the sentence that says
     why the two do not go together; `example` gives small arguments where one is required, or makes them from a Learner; `replaces` names
-    the version of fastai whose method of this name it replaces. Raises at import if the name is taken."""
+    the version of fastai whose method of this name it replaces; `section`: the chapter it is listed under, or several, the first of them
+    first; `formula`, in TeX, for its card in the documentation. Raises at import if the name is taken."""
     if stage not in STAGES: raise ValueError(f'technique: stage must be one of {STAGES}, got {stage!r}')
 
     def register(f):
@@ -140,7 +143,7 @@ def technique(stage: str, *, section, source: str, touches=(), after=(), before=
         method.__signature__ = inspect.signature(f)
 
         TECHNIQUES[name] = Technique(name, method, stage, section, source, tuple(touches), tuple(after), tuple(before),
-                                     refuses or {}, example, replaces)
+                                     refuses or {}, example, replaces, formula)
         setattr(Learner, name, SharedName(method) if name in SHARED else method)
         return method
     return register

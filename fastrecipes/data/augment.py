@@ -147,7 +147,8 @@ def _tilted(x, y) -> torch.Tensor:
     return torch.cat([eight.view(len(x), 8), torch.ones(len(x), 1, dtype=eight.dtype)], 1).view(-1, 3, 3)
 
 
-@technique('data', section='Data augmentation', source='https://docs.fast.ai/vision.augment.html', touches=('inputs',))
+@technique('data', section='Data augmentation', source='https://docs.fast.ai/vision.augment.html', touches=('inputs',),
+           formula=r"p' \sim M_\text{flip}\,M_\text{rotate}\,M_\text{zoom}\,M_\text{warp}\;p")
 def augment(self: Learner, flip: bool = True, rotate: float = 10., zoom: float = 1.1, warp: float = .2, lighting: float = .2,
             p: float = .75, crop: int = 0) -> Learner:
     """Vary the training images: mirrored, turned, enlarged, tilted, lit differently; the same kinds and defaults as fastai's `aug_transforms`.

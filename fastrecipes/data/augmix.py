@@ -46,7 +46,7 @@ def jensen_shannon(logits, axis: int = -1) -> torch.Tensor:
     In nats, 0 where all agree to the log of their number; the mean over samples, classes along `axis`. Computed in float32 at least."""
     logps = [F.log_softmax(z if z.dtype == torch.float64 else z.float(), axis) for z in logits]
     mean = torch.stack(logps).logsumexp(0) - np.log(len(logps))
-    return sum((p.exp()*(p-mean)).sum(axis).mean() for p in logps)/len(logps)
+    return torch.stack([(p.exp()*(p-mean)).sum(axis).mean() for p in logps]).mean()
 
 
 def mixing_weights(u: torch.Tensor, v: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +192,8 @@ class Consistency(TechniqueCallback):
 
 @technique('train', section='Data augmentation', source='arXiv:1912.02781', touches=('inputs', 'gradient'),
            refuses={other: 'AugMix asks for one answer to an image and to its own mixtures, and half of another image in it is to have another; keep one'
-                    for other in ('mixup', 'cutmix')})
+                    for other in ('mixup', 'cutmix')},
+           formula=r'\tilde x = (1-m)\,x + m \sum_i w_i\,c_i(x), \qquad L = \mathrm{CE}(p, y) + \lambda\,\mathrm{JS}(p, \tilde p_1, \tilde p_2)')
 def augmix(self: Learner, severity: float = 3., width: int = 3, depth: int = -1, alpha: float = 1., jsd: bool = True, weight: float = 12.) -> Learner:
     """Train on images and on mixtures of distorted copies of them, and ask for the same answer to all: for pictures worse than those trained on.
 

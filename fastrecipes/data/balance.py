@@ -59,7 +59,8 @@ class WeightedSampler(Sampler):
     __iter__ = BalanceClassSampler.__iter__
 
 
-@technique('data', section='Balance', source='doi:10.1109/TKDE.2008.239', touches=('sampling',))
+@technique('data', section='Balance', source='doi:10.1109/TKDE.2008.239', touches=('sampling',),
+           formula=r'\text{draws of class } k = \max_j n_j \ \text{ (up)}, \quad \min_j n_j \ \text{ (down)}')
 def balance(self: Learner, mode: Literal['upsampling', 'downsampling', 'weighted'] = 'upsampling',
             weights: list[float] | None = None) -> Learner:
     """Draw the classes of the training set equally often; validation stays as it is.

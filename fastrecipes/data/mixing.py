@@ -105,7 +105,8 @@ def _mix(learn: Learner, kind: str) -> Mix:
     return cb
 
 
-@technique('train', section='Data augmentation', source='arXiv:1710.09412', touches=('inputs', 'targets'))
+@technique('train', section=('Data augmentation', 'Loss'), source='arXiv:1710.09412', touches=('inputs', 'targets'),
+           formula=r'\tilde x = \lambda x_1 + (1-\lambda)\,x_2, \qquad \tilde y = \lambda y_1 + (1-\lambda)\,y_2, \qquad \lambda \sim \mathrm{Beta}(\alpha, \alpha)')
 def mixup(self: Learner, alpha: float = .4) -> Learner:
     """Train on convex blends of two samples and of their targets.
 
@@ -118,7 +119,8 @@ def mixup(self: Learner, alpha: float = .4) -> Learner:
     return self
 
 
-@technique('train', section='Data augmentation', source='arXiv:1905.04899', touches=('inputs', 'targets'))
+@technique('train', section=('Data augmentation', 'Loss'), source='arXiv:1905.04899', touches=('inputs', 'targets'),
+           formula=r'\tilde x = M \odot x_1 + (1-M) \odot x_2, \qquad \tilde y = \bar M\,y_1 + (1-\bar M)\,y_2')
 def cutmix(self: Learner, alpha: float = 1.) -> Learner:
     """Train on images with a rectangle of another image pasted in, and on targets in proportion to what is visible.
 

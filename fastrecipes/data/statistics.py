@@ -184,7 +184,8 @@ def _map_of(kind: str, seen: Moments, shape, eps: float) -> tuple[PixelMap, int]
     return PixelMap(shift.view(shape), torch.where(spread < CONSTANT, 1., 1/spread).view(shape)), 0
 
 
-@technique('data', section='Normalization', source='arXiv:1512.00809', touches=('inputs', 'inference'), after=('cache',))
+@technique('data', section='Normalization', source='arXiv:1512.00809', touches=('inputs', 'inference'), after=('cache',),
+           formula=r"x' = W(x-\mu), \qquad W = \mathrm{diag}(1/\sigma), \quad U^\top, \quad (\Lambda+\varepsilon)^{-1/2}\,U^\top, \quad U(\Lambda+\varepsilon)^{-1/2}\,U^\top")
 def normalize(self: Learner, kind: Literal['center', 'standardize', 'decorrelate', 'pca', 'zca', 'minmax', 'minmax_signed'] = 'standardize',
               over: Literal['auto', 'channels', 'pixels'] = 'auto', eps: float = 1e-5) -> Learner:
     """Bring pixels to a common scale by the numbers of the training set alone, in training, validation and serving.

@@ -12,7 +12,8 @@ __all__ = ['SelfAttention']
 MOST = 1024             # places of a map by default: every place looks at all, 4 MB an image at 32×32
 
 
-@technique('model', section='Layers', source='arXiv:1805.08318', touches=('model', 'inference'), after=('norm', 'coordconv', 'activation'), before=('prune',))
+@technique('model', section='Layers', source='arXiv:1805.08318', touches=('model', 'inference'), after=('norm', 'coordconv', 'activation'), before=('prune',),
+           formula=r'o_j = x_j + \gamma \sum_i \mathrm{softmax}_i\big(f(x_i)^\top g(x_j)\big)\,h(x_i)')
 def self_attention(self: Learner, layer: str | None = None) -> Learner:
     """Put a self-attention layer behind `layer`: each place of its map adds what it finds, anywhere in the picture, that resembles it.
 

@@ -109,7 +109,8 @@ def _units(learn: Learner) -> list[tuple[nn.Module, bool]]:
     return [(seen.answering, True)] if seen.answering else []
 
 
-@technique('train', section='Regularization', source='doi:10.5555/2627435.2670313', touches=('model',))
+@technique('train', section='Regularization', source='doi:10.5555/2627435.2670313', touches=('model',),
+           formula=r"x' = \frac{m \odot x}{1-p}, \qquad m_i \sim \mathrm{Bernoulli}(1-p)")
 def dropout(self: Learner, p: float = .5) -> Learner:
     """Leave out units at random while training, so that none relies on another.
 
@@ -175,7 +176,8 @@ def _connections(learn: Learner, layers: str) -> list[nn.Module]:
 
 
 @technique('train', section='Regularization', source='https://proceedings.mlr.press/v28/wan13.html', touches=('model', 'inference'),
-           example=dict(p=.3))                                  # the contract's network is small, and .5 leaves too little of it
+           example=dict(p=.3),                                  # the contract's network is small, and .5 leaves too little of it
+           formula=r"w' = \frac{m \odot w}{1-p}, \qquad m_i \sim \mathrm{Bernoulli}(1-p)")
 def dropconnect(self: Learner, p: float = .5, layers: Literal['all', 'first'] = 'all', permanent: bool = False) -> Learner:
     """Leave out weights at random while training: dropout of connections instead of units.
 
@@ -233,7 +235,8 @@ def _branches(learn: Learner) -> list[nn.Module]:
     return [m for m in calls if m in ends]
 
 
-@technique('train', section='Regularization', source='arXiv:1603.09382', touches=('model',))
+@technique('train', section='Regularization', source='arXiv:1603.09382', touches=('model',),
+           formula=r'x + \frac{b_l}{1-p_l}\,f_l(x), \qquad b_l \sim \mathrm{Bernoulli}(1-p_l), \quad p_l = p\,l/L')
 def stochastic_depth(self: Learner, p: float = .1) -> Learner:
     """Leave out whole residual blocks at random while training: a network that is shallower for each sample, and whole in validation.
 

@@ -75,7 +75,8 @@ def weight_init(m: nn.Module):
         if m.bias is not None: nn.init.zeros_(m.bias)
 
 
-@technique('model', section='Layers', source='arXiv:1502.01852', touches=('model', 'inference'), before=('activation', 'coordconv', 'norm', 'prune', 'self_attention'))
+@technique('model', section='Layers', source='arXiv:1502.01852', touches=('model', 'inference'), before=('activation', 'coordconv', 'norm', 'prune', 'self_attention'),
+           formula=r'\mathrm{Var}\,w = \frac{2}{n_\text{in}} \ \text{ (Kaiming)}, \qquad \frac{2}{n_\text{in}+n_\text{out}} \ \text{ (Xavier)}')
 def initialize(self: Learner, kind: Literal['constant', 'uniform', 'normal', 'xavier_uniform', 'xavier_normal', 'kaiming_uniform', 'kaiming_normal',
                                             'delta_orthogonal'] = 'kaiming_normal', layers: Literal['all', 'last'] = 'all', args: dict | None = None) -> Learner:
     """Begin with new weights: those of all convolutions and linear layers, or of the last one, which gives the answers.

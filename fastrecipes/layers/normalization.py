@@ -72,7 +72,8 @@ def _without(seen: Trace) -> list[nn.Module]:
 
 
 @technique('model', section='Layers', source='arXiv:1803.08494', touches=('model', 'inference'), before=('prune',), after=('activation',),
-           example=dict(kind='group', insert=True))
+           example=dict(kind='group', insert=True),
+           formula=r'y = \gamma\,\frac{x-\mu}{\sqrt{\sigma^2+\varepsilon}} + \beta')
 def norm(self: Learner, kind: Literal['batch', 'layer', 'instance', 'group'] = 'group', groups: int = 32, insert: bool = False) -> Learner:
     """Exchange a network's norms for those of one kind, or put norms where it has none.
 

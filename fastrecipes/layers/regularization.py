@@ -25,7 +25,8 @@ class WeightPenalty(TechniqueCallback):
         if self.learn.iter == 0: say(self.learn, 'weight_penalty', f'{float(penalty.detach()):.3g} added to the loss of an epoch\'s first batch, over {len(ws)} weight matrices')
 
 
-@technique('train', section='Regularization', source='doi:10.1111/j.1467-9868.2005.00503.x', touches=('gradient',))
+@technique('train', section='Regularization', source='doi:10.1111/j.1467-9868.2005.00503.x', touches=('gradient',),
+           formula=r'L + \lambda_2 \sum w^2 + \lambda_1 \sum |w|')
 def weight_penalty(self: Learner, l2: float = 5e-4, l1: float = 0.) -> Learner:
     """Penalise large weights: ridge (`l2`), LASSO (`l1`), or elastic net (both).
 
@@ -64,7 +65,8 @@ def decouples(opt) -> bool:
     return isinstance(inner, torch.optim.AdamW) or bool(inner.defaults.get('decoupled_weight_decay'))
 
 
-@technique('optim', section='Regularization', source='arXiv:1711.05101', touches=('step',))
+@technique('optim', section='Regularization', source='arXiv:1711.05101', touches=('step',),
+           formula=r'w \leftarrow w - \eta\,wd\,w')
 def weight_decay(self: Learner, wd: float = 5e-4) -> Learner:
     """Shrink the weights by a share of themselves at each step: w ← w − lr·wd·w, aside from the gradient.
 

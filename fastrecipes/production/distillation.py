@@ -67,7 +67,8 @@ class Distill(TechniqueCallback):
 
 
 @technique('loss', section=('Distillation', 'Regularization'), source='arXiv:1503.02531', touches=('targets',),
-           example=lambda learn: dict(teacher=deepcopy(learn.model)))
+           example=lambda learn: dict(teacher=deepcopy(learn.model)),
+           formula=r'L = (1-\alpha)\,\ell(z_s, y) + \alpha\,T^2\,\mathrm{KL}\big(\mathrm{softmax}(z_t/T)\,\big\|\,\mathrm{softmax}(z_s/T)\big)')
 def distill(self: Learner, teacher: Learner | nn.Module | str, T: float = 4., alpha: float = .9, features: float | None = None, attention: float | None = None,
             layers: dict[str, str] | None = None) -> Learner:
     """Train a network on what a teacher says of each image, beside its label.

@@ -50,7 +50,8 @@ class Prune(TechniqueCallback):
     def share(self) -> float: return 1 - sum(float(mask.sum()) for mask in self.kept)/sum(mask.numel() for mask in self.kept)
 
 
-@technique('model', section=('Pruning', 'Regularization'), source='arXiv:1506.02626', touches=('weights', 'inference'))
+@technique('model', section=('Pruning', 'Regularization'), source='arXiv:1506.02626', touches=('weights', 'inference'),
+           formula=r'w \leftarrow m \odot w, \qquad m_i = [\,|w_i| > q\,]')
 def prune(self: Learner, amount: float | None = None, threshold: float | None = None, layers: list[str] | None = None) -> Learner:
     """Set the smallest weights to 0, now, and keep them there in every later fit.
 

@@ -225,7 +225,8 @@ def _adopt(model: nn.Module, thin: nn.Module) -> int:
 
 
 @technique('model', section='Pruning', source='arXiv:2301.12900', touches=('model', 'inference'),
-           before=('activation', 'coordconv', 'initialize', 'norm', 'prune', 'self_attention'), example=dict(ratio=.5, round_to=4))     # for small networks
+           before=('activation', 'coordconv', 'initialize', 'norm', 'prune', 'self_attention'), example=dict(ratio=.5, round_to=4),    # for small networks
+           formula=r'\text{importance of a channel} = \Big\|\big(w \text{ of all layers that go with it}\big)\Big\|_2')
 def slim(self: Learner, ratio: float | None = None, max_ms: float | None = None, round_to: int = 8, per_layer: dict[str, float] | None = None) -> Learner:
     """Remove whole channels, the least important of each layer, now and for good: a network that is smaller and faster anywhere.
 

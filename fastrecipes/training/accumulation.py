@@ -109,7 +109,8 @@ SIZES = dict(norm=lambda ps: float(nn.utils.get_total_norm([p.grad for p in ps])
 CLIPS = dict(norm=nn.utils.clip_grad_norm_, value=nn.utils.clip_grad_value_, adaptive=adaptive_clip_grad)
 
 
-@technique('train', section='Training', source='https://docs.fast.ai/callback.training.html', touches=('gradient',))
+@technique('train', section='Training', source='https://docs.fast.ai/callback.training.html', touches=('gradient',),
+           formula=r'g = \frac{\sum_b W_b\,\nabla L_b}{\sum_b W_b}')
 def grad_accum(self: Learner, n: int = 2) -> Learner:
     """Take a step every `n` batches, with the gradient of one big batch made of them: a large batch in the memory of a small one.
 
@@ -126,7 +127,8 @@ def grad_accum(self: Learner, n: int = 2) -> Learner:
 
 
 @technique('train', section='Training', source='arXiv:1211.5063', touches=('gradient',),
-           example=dict(max_norm=.5))                           # on the contract's digits the first gradients are shorter than 1
+           example=dict(max_norm=.5),                           # on the contract's digits the first gradients are shorter than 1
+           formula=r'g \leftarrow g \cdot \min\left(1, \frac{c}{\|g\|}\right)')
 def grad_clip(self: Learner, max_norm: float = 1., mode: Literal['norm', 'value', 'adaptive'] = 'norm', max_value: float = .5, max_ratio: float = .01) -> Learner:
     """Shorten a gradient that is too long: one bad batch does not throw the weights far off.
 

@@ -186,7 +186,8 @@ def _or_as_before(norms):
         raise
 
 
-@technique('train', section='Training', source='arXiv:2411.18704', refuses={'swa': 'each keeps an average of the weights, and an average of averages is neither; keep one'})
+@technique('train', section='Training', source='arXiv:2411.18704', refuses={'swa': 'each keeps an average of the weights, and an average of averages is neither; keep one'},
+           formula=r'\bar w \leftarrow d\,\bar w + (1-d)\,w')
 def ema(self: Learner, decay: float = .999, warmup: bool = True) -> Learner:
     """Average the weights over the last steps, later ones weighing more, and keep the average: steadier than the weights that are trained.
 
@@ -199,7 +200,8 @@ def ema(self: Learner, decay: float = .999, warmup: bool = True) -> Learner:
     return put(self, EMA(decay, warmup))
 
 
-@technique('train', section='Training', source='arXiv:1803.05407', example=dict(start=.5))          # the contract's fits have two epochs
+@technique('train', section='Training', source='arXiv:1803.05407', example=dict(start=.5),    # the contract's fits have two epochs
+           formula=r'\bar w = \frac1n \sum_{i=1}^n w_i')
 def swa(self: Learner, start: float = .75, lr: float | None = None, every: int | None = None) -> Learner:
     """Average the weights that the last epochs end with: a point in the middle of a wide minimum, which generalises better than its rim.
 

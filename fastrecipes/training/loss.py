@@ -15,11 +15,14 @@ from fastrecipes.technique import applied, say, technique
 
 __all__ = []
 
+Kind = Literal[tuple(LOSSES)]                   # pyright: ignore[reportInvalidTypeForm]
+
 
 @technique('loss', section='Loss', source='https://docs.pytorch.org/docs/stable/nn.html#loss-functions', touches=('targets',),
-           example=dict(kind='focal'))
-def loss(self: Learner, kind: Literal[tuple(LOSSES)], gamma: float | None = None, alpha: float | None = None, eps: float | None = None,
-         margin: float | None = None, smooth: float | None = None) -> Learner:
+           example=dict(kind='focal'),
+           formula=r'\ell_\text{focal} = -(1-p_y)^\gamma \log p_y, \qquad \ell_\text{Dice} = 1 - \frac{2\,TP}{2\,TP+FP+FN}, \ \dots')
+def loss(self: Learner, kind: Kind,             # pyright: ignore[reportInvalidTypeForm]
+         gamma: float | None = None, alpha: float | None = None, eps: float | None = None, margin: float | None = None, smooth: float | None = None) -> Learner:
     """Train on another loss, by its name; validation, `predict` and metrics keep the Learner's own, so that runs can be compared.
 
     `kind`, for numbers: mae, mse, rmse, mape, mspe, rmspe. For one class a sample, or a pixel: ce, nll (outputs that are log-probabilities),

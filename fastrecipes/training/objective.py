@@ -30,7 +30,8 @@ def effective_number_weights(counts, beta: float = BETA) -> np.ndarray:
     return w*(np.count_nonzero(n)/w.sum())
 
 
-@technique('loss', section='Loss', source='arXiv:1512.00567', touches=('targets',))
+@technique('loss', section=('Loss', 'Regularization'), source='arXiv:1512.00567', touches=('targets',),
+           formula=r"y' = (1-\varepsilon)\,y + \varepsilon/c")
 def label_smoothing(self: Learner, eps: float = .1) -> Learner:
     """Ask for 1−eps+eps/c on the right class and eps/c on each of the others, instead of 1 and 0.
 
@@ -48,8 +49,9 @@ def label_smoothing(self: Learner, eps: float = .1) -> Learner:
     return self
 
 
-@technique('loss', section='Balance', source='doi:10.1093/oxfordjournals.pan.a004868', touches=('targets',),
-           refuses={'balance': 'each makes up for rare classes, and together they would do it twice; keep one'})
+@technique('loss', section=('Balance', 'Loss'), source='doi:10.1093/oxfordjournals.pan.a004868', touches=('targets',),
+           refuses={'balance': 'each makes up for rare classes, and together they would do it twice; keep one'},
+           formula=r'L = \frac{\sum_i w_{y_i}\,\ell_i}{\sum_i w_{y_i}}, \qquad w_k = \frac{n}{c\,n_k} \ \text{ or } \ \frac{1-\beta}{1-\beta^{n_k}}')
 def class_weights(self: Learner, weights: list[float] | None | Literal['inverse', 'effective'] = 'inverse', beta: float = BETA) -> Learner:
     """Let each sample count in the training loss by the weight of its class.
 
@@ -68,8 +70,7 @@ def class_weights(self: Learner, weights: list[float] | None | Literal['inverse'
     check_together('class_weights', kind_of(self))
     if kind != 'given':
         n = _counts(self, 'class_weights', ce, 'weights')
-        weights = effective_number_weights(n, beta) if kind == 'effective' else np.divide(n.sum()/np.count_nonzero(n), n, where=n > 0, out=np.zeros(len(n)))
-        weights = weights.tolist()
+        weights = (effective_number_weights(n, beta) if kind == 'effective' else np.divide(n.sum()/np.count_nonzero(n), n, where=n > 0, out=np.zeros(len(n)))).tolist()
     if min(weights) < 0 or not sum(weights) > 0: raise BadValue(f'class_weights: weights must be ≥ 0 and not all 0, got {list(weights)}')
     if (c := get_c(self.dls)) and len(weights) != c: raise BadValue(f'class_weights: one weight for each of the {c} classes, got {len(weights)}')
     objective(self).class_weight = torch.tensor(weights, dtype=torch.float32)
@@ -79,8 +80,9 @@ def class_weights(self: Learner, weights: list[float] | None | Literal['inverse'
     return self
 
 
-@technique('loss', section='Balance', source='arXiv:2007.07314', touches=('targets',),
-           refuses=dict.fromkeys(('balance', 'class_weights'), 'each makes up for rare classes, and together they would do it twice; keep one'))
+@technique('loss', section=('Balance', 'Loss'), source='arXiv:2007.07314', touches=('targets',),
+           refuses=dict.fromkeys(('balance', 'class_weights'), 'each makes up for rare classes, and together they would do it twice; keep one'),
+           formula=r'L = \mathrm{CE}(z + \tau \log \pi,\ y), \qquad \pi_k = n_k/n')
 def logit_adjustment(self: Learner, tau: float = 1., shares: list[float] | None = None) -> Learner:
     """Train on logits moved by tau·log(share of the class), so that the logits themselves come out right for classes equally often.
 

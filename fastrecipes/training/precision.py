@@ -107,7 +107,8 @@ def _lower(learn: Learner, name: str, wanted: torch.dtype, **scaling) -> Learner
 
 
 @technique('train', section='Training', source='arXiv:1710.03740', touches=('precision', 'gradient', 'inference'), replaces='fastai 2.8.12',
-           refuses={'to_bf16': 'each sets the precision of the forward pass; keep one (to_fp32() undoes either)'})
+           refuses={'to_bf16': 'each sets the precision of the forward pass; keep one (to_fp32() undoes either)'},
+           formula=r'g = \frac{1}{s}\,\nabla(s\,L)')
 def to_fp16(self: Learner, init_scale: float = 2.**16, growth_factor: float = 2., backoff_factor: float = .5, growth_interval: int = 2000) -> Learner:
     """Compute the forward pass in float16, with a scaled loss: about half the memory, and faster on a GPU with tensor cores.
 

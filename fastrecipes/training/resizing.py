@@ -39,7 +39,8 @@ class ProgressiveResize(TechniqueCallback):
 
     def size(self, full: tuple[int, int], done: float) -> tuple[int, int]:
         share = share_of(done, self.initial, self.delay, self.finetune)
-        return tuple(side_of(s, share, self.multiple) for s in full)
+        h, w = (side_of(s, share, self.multiple) for s in full)
+        return h, w
 
     def before_batch(self):
         if not self.learn.training: return

@@ -3,7 +3,7 @@ import inspect
 import math
 from functools import partial
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from fastai.basics import SGD, Adam, L, Learner, Optimizer, OptimWrapper, patch
@@ -15,9 +15,10 @@ from fastrecipes.errors import BadName, BadValue, nearest
 from fastrecipes.files import writes
 from fastrecipes.repairs import REPAIRS
 
-__all__ = ['SCHEDULES', 'by_share', 'check_fit_of', 'cycles_of', 'fit_by', 'rates_by_batch']
+__all__ = ['SCHEDULES', 'Schedule', 'by_share', 'check_fit_of', 'cycles_of', 'fit_by', 'rates_by_batch']
 
-SCHEDULES = ('constant', 'step', 'decay', 'cos', 'flat_cos', 'sgdr', 'one_cycle')       # each is a `fit_<name>`
+Schedule = Literal['constant', 'step', 'decay', 'cos', 'flat_cos', 'sgdr', 'one_cycle']        # each is a `fit_<name>`
+SCHEDULES = get_args(Schedule)
 RESTARTED = dict(sgd=partial(SGD, mom=.9), adamw=Adam)      # both take the weight decay off the weights, and not into the gradient
 NEARLY = 1e-9                                               # of an epoch: fractions of a fit are sums of floats
 

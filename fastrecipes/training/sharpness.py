@@ -98,7 +98,8 @@ def _copied(t): return t.clone() if isinstance(t, torch.Tensor) else t
 
 
 @technique('train', section=('Training', 'Regularization'), source='arXiv:2010.01412', touches=('gradient',),
-           refuses={'grad_accum': 'where sam takes its gradient depends on that of the whole step, which accumulation has only when the first batches are gone; take a larger bs'})
+           refuses={'grad_accum': 'where sam takes its gradient depends on that of the whole step, which accumulation has only when the first batches are gone; take a larger bs'},
+           formula=r'g = \nabla L\left(w + \rho\,\frac{\nabla L(w)}{\|\nabla L(w)\|}\right)')
 def sam(self: Learner, rho: float = .05, adaptive: bool = False) -> Learner:
     """Take each step by the gradient from where the loss is worst within `rho` of the weights: it leads to flat minima, which generalise better.
 
