@@ -90,7 +90,7 @@ class OfClasses(Judge):
     def ignored(self) -> int: return self.default['ignore_index'] if self.ignore_index is None else self.ignore_index
 
     @property
-    def of_logits(self) -> bool: return self.default['logits'] if self.logits is None else self.logits
+    def of_logits(self) -> bool: return bool(self.default['logits'] if self.logits is None else self.logits)
 
     def probabilities(self, pred):
         "Of outputs `(n, …, c)`, or `(n, …)`."

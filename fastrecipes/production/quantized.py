@@ -186,4 +186,5 @@ def times_of_one(before: bytes, after: bytes, xb: tuple[torch.Tensor, ...]) -> t
     "The ms that the first sample of `xb` takes through two graphs, on one thread, in turns; medians."
     nets, one = [Quantized(g, threads=1) for g in (before, after)], tuple(x[:1] for x in xb)
     times = interleaved({str(i): lambda net=net: net(*one) for i, net in enumerate(nets)})
-    return tuple(round(statistics.median(times[str(i)]), 4) for i in range(2))
+    was, is_ = (round(statistics.median(times[str(i)]), 4) for i in range(2))
+    return was, is_

@@ -52,7 +52,7 @@ def _sources(module: str, found: frozenset = frozenset()) -> set[str]:
     name = module.replace('.', '/')
     file = f'{name}.py' if (ROOT/f'{name}.py').is_file() else f'{name}/__init__.py'
     if file in found: return set(found)
-    found = set(found) | {file} | {f'{p.as_posix()}/__init__.py' for p in Path(file).parents if p.as_posix() != '.'}
+    files = set(found) | {file} | {f'{p.as_posix()}/__init__.py' for p in Path(file).parents if p.as_posix() != '.'}
     for node in ast.walk(ast.parse((ROOT/file).read_text(encoding='utf8'))):
-        if isinstance(node, ast.ImportFrom) and (node.module or '').partition('.')[0] == 'fastrecipes': found |= _sources(node.module, frozenset(found))
-    return found
+        if isinstance(node, ast.ImportFrom) and (node.module or '').partition('.')[0] == 'fastrecipes': files |= _sources(node.module, frozenset(files))
+    return files

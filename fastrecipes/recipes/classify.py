@@ -3,7 +3,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
 
 from fastai.basics import Learner
 from fastai.metrics import BalancedAccuracy, accuracy
@@ -25,12 +24,11 @@ from fastrecipes.training.distributed import one_process
 from fastrecipes.training.finders import find_lr
 from fastrecipes.training.reproducibility import seed_everything
 from fastrecipes.training.resume import remember
-from fastrecipes.training.schedules import SCHEDULES, fit_by
+from fastrecipes.training.schedules import SCHEDULES, Schedule, fit_by
 from fastrecipes.training.transfer import backbone, check_arch, classifier
 
 __all__ = ['image_classifier', 'check_recipe', 'Schedule', 'USUAL']
 
-Schedule = Literal[SCHEDULES]
 USUAL = dict(augment=True, label_smoothing=.1)      # what the recipe switches on unless told otherwise
 HEAD = 'new head, body frozen'                      # the title of a fit
 
@@ -112,7 +110,7 @@ def train(learn: Learner, epochs: int, lr: float | str = 'find', schedule: Sched
 
 def rate_of(learn: Learner, lr: float | str) -> float:
     "The rate that was given, or the one that is found."
-    if lr != 'find': return lr
+    if not isinstance(lr, str): return lr
     history(learn).found = remember('learning rate', lambda: find_lr(learn))
     return history(learn).found.lr
 
@@ -142,4 +140,4 @@ def check_recipe(path, arch, epochs, lr, schedule, groups=None, drawn_and_frozen
     check_fit(epochs, lr)
     if minutes is not None: check_minutes('image_classifier', minutes)
     if minutes is not None and schedule == 'sgdr': raise BadValue("schedule: 'sgdr' counts epochs, and this fit goes by minutes; take cos or one_cycle")
-    if schedule not in get_args(Schedule): raise BadValue(f'schedule: one of {", ".join(get_args(Schedule))}, got {schedule!r}{nearest(schedule, get_args(Schedule))}')
+    if schedule not in SCHEDULES: raise BadValue(f'schedule: one of {", ".join(SCHEDULES)}, got {schedule!r}{nearest(schedule, SCHEDULES)}')
