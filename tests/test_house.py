@@ -54,9 +54,3 @@ def test_our_names_do_not_shadow_fastais_for_the_user():
     import fastai.vision.all as theirs
     import fastrecipes.all as ours
     assert {n for n in vars(theirs) if not n.startswith('_') and vars(ours).get(n) is not vars(theirs)[n]} == set()
-
-
-def test_the_readme_lists_the_techniques_that_there_are():
-    from fastrecipes.cards import listing
-    from fastrecipes.technique import discover
-    assert f'```\n{listing(discover().values()).rstrip()}\n```' in (ROOT.parent/'README.md').read_text(), 'paste the output of `fastrecipes ls` into README.md'

@@ -1,0 +1,83 @@
+"The code of README and guide runs as it stands, on a folder of small images; where its title says that it takes minutes or the hub, its calls fit."
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+GUIDE, README, PICK = ROOT/'docs'/'pages'/'guide.md', ROOT/'README.md', ROOT/'docs'/'pages'/'pick.md'
+
+
+def python(file: Path, titled: bool) -> list[str]:
+    "The blocks of Python of a page: those with a title, or those without."
+    return [code for title, code in re.findall(r'(?ms)^```python( title="[^"]*")?\n(.*?)^```', file.read_text(encoding='utf8')) if bool(title) == titled]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "A folder with what the pages name: photos of three classes in three colours, two of each patient, and one image more."
+    rng = np.random.default_rng(0)
+    for k, label in enumerate(('bird', 'cat', 'dog')):
+        (tmp_path/'photos'/label).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 160, (72, 80, 3))
+            pixels[..., k] += 90
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path/'photos'/label/f'patient{20*k+i//2}-{i}.png')
+    (tmp_path/'some.jpg').write_bytes((tmp_path/'photos'/'cat'/'patient20-0.png').read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_tour_of_the_readme_runs(here):
+    names = {}
+    for code in python(README, titled=False): exec(compile(code, str(README), 'exec'), names)
+    assert names['small'].stages and list(names['bundle'].predictor()('some.jpg', k=1)) == ['cat']
+
+
+def statements(file: Path):
+    for code in python(file, titled=False): yield from (ast.unparse(node) for node in ast.parse(code).body)
+
+
+def fresh():
+    "A frozen body and a new head, for a line of the guide to work on."
+    from fastrecipes.all import accuracy, backbone, classifier, image_folder
+    return classifier(image_folder('photos', size=32, bs=16, workers=0), backbone('resnet10t', pretrained=False), metrics=accuracy)
+
+
+def classifier_for(seed):
+    from fastrecipes.all import Learner, accuracy, image_folder, nn, seed_everything
+    seed_everything(seed)
+    dls = image_folder('photos', size=16, bs=16, test=.25, workers=0)
+    return Learner(dls, nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)), metrics=accuracy)
+
+
+def test_every_line_of_the_guide_runs(here):
+    import fastrecipes.all as everything
+    names = dict(vars(everything), classifier_for=classifier_for)
+    for line in statements(GUIDE):
+        line = re.sub(r'minutes=\d+', 'minutes=.05', line)
+        uses = {n.id for n in ast.walk(ast.parse(line)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        if 'learn' in uses and "normalize('standardize')" not in line and 'found.plot' not in line:
+            names['learn'], names['other'] = fresh(), fresh()
+            if 'fit_gradual' not in line and 'precompute' not in line: names['learn'].unfreeze()
+        names['dls'], names['net'] = names.get('dls') or fresh().dls, fresh().model
+        try: exec(line, names)
+        except Exception as e: raise AssertionError(f'{line}: {e}') from e
+
+
+def test_what_takes_minutes_or_the_hub_can_be_called_so():
+    import fastrecipes.all as everything
+    from fastai.basics import Learner
+    checked = 0
+    for file in (GUIDE, PICK):
+        for code in python(file, titled=True):
+            for call in (n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)):
+                f, skip = (getattr(everything, call.func.id), 0) if isinstance(call.func, ast.Name) else (getattr(Learner, call.func.attr, None), 1)
+                if f is None: continue
+                inspect.signature(f).bind(*[None]*(skip+len(call.args)), **{k.arg: None for k in call.keywords})
+                checked += 1
+    assert checked > 6
