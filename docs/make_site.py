@@ -60,19 +60,27 @@ def shown_in(notebooks: dict) -> dict[str, list[str]]:
     return found
 
 
+EFFECTS = ('Six techniques', 'A real ablation', 'Long-tailed')      # the parts of RESULTS.md that hold effects of techniques
+
+
 def measured() -> dict[str, list[str]]:
-    "Technique → rows of the tables of bench/RESULTS.md that begin with its name, each with its table's head, under the title of its part."
-    found, title, head = {}, '', []
-    for line in (ROOT/'bench'/'RESULTS.md').read_text(encoding='utf8').splitlines():
-        if line.startswith('## '): title = line[3:]
-        elif line.startswith('### '): title = f'{title.split(": ")[0]}: {line[4:]}' if title else line[4:]
-        if not line.startswith('|'): head = []
-        elif len(head) < 2: head.append(line)
-        elif (first := re.match(r'\| *`?([a-z_0-9]+)(?:\(.*?\))?`? *\|', line)) and title.startswith(EFFECTS): found.setdefault(first[1], {}).setdefault(title, [*head]).append(line)
+    "Technique → what bench/RESULTS.md has of it: the rows that begin with its name, under their head, with command and date."
+    found = {}
+    for part in re.split(r'<!-- /\w+ -->', (ROOT/'bench'/'RESULTS.md').read_text(encoding='utf8')):
+        title, _, text = part.partition('## ')[2].partition('\n')
+        if not title.startswith(EFFECTS): continue
+        command, date = re.search(r'`[^`\n]+`', text)[0], re.search(r'Written ([\d-]+)', text)[1]
+        for below in re.split(r'(?m)^### ', text):
+            table = re.search(r'(?m)^\|.*\|\n\| *-.*\|\n', below)
+            head = table[0] if table else re.search(r'(?m)^baseline.*\n.*\n', below)[0] if 'baseline:' in below else ''
+            under = below.partition('\n')[0] if below is not text and table and not below.startswith('\n') else ''
+            names = dict.fromkeys(re.findall(r'(?m)^(?:\| `)?(\w+)(?:\([^|]*\))?(?:` \|| {2,})', below))
+            for name in names:
+                rows = '\n'.join(re.findall(rf'(?m)^(?:\| `)?{name}(?:\(.*?\))?(?:` \|| {{2,}}).*$', below))
+                rows = head+rows if table else f'```\n{head}{rows}\n```'
+                what = f'{title}{f": {under}" if under else ""}. {command}, {date}; machine and protocol in [the benchmarks](../benchmarks.md).'
+                found.setdefault(name, []).append(f'{what}\n\n{rows}\n')
     return found
-
-
-EFFECTS = ('Six techniques', 'A real ablation')     # the parts of RESULTS.md that hold effects of techniques
 
 
 # Pages
@@ -99,8 +107,7 @@ def card(t, techniques, where, effects) -> str:
               'and where it touches the loss or the gradient, a batch is compared with a value by hand.']
     if refused: lines += ['', 'It is refused, before any work, beside', '', *(f'- [`{o}`]({o}.md): {why}' for o, why in refused.items())]
     lines += ['', '## Measured', '']
-    if t.name in effects:
-        for title, table in effects[t.name].items(): lines += [f'{title} ([seeds, machine and date](../benchmarks.md)):', '', *table, '']
+    if t.name in effects: lines += effects[t.name]
     else: lines += ['No effect of this one alone is in [the benchmarks](../benchmarks.md). On your data: ', '', f'```sh\nfastrecipes ablate photos/ --techniques {t.name}\n```', '']
     if t.name in where: lines += ['## Seen at work', '', ', '.join(f'[{n}](../notebooks/{n}.md)' for n in where[t.name])]
     return '\n'.join(lines)

@@ -159,7 +159,7 @@ SHARED = ('loss', 'normalize')  # attributes that fastai gives a Learner, and th
 
 class BatchLoss(torch.Tensor):
     "A batch's loss that answers a call as the technique of its name; whatever is computed from it is a plain tensor."
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
     def __call__(self, *args, **kwargs): return self.method(*args, **kwargs)
     def __deepcopy__(self, memo): return deepcopy(self.view(self.shape), memo)                             # plain, and without the Learner
     def __reduce_ex__(self, protocol): return self.view(self.shape).__reduce_ex__(protocol)

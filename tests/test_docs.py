@@ -29,6 +29,17 @@ def test_every_technique_is_in_a_notebook():
     assert set(discover()) == set().union(*(techniques_in(books.read(f)) for f in NBS))
 
 
+def test_pages_count_right():
+    from fastrecipes.technique import discover
+    defects = (ROOT/'bench'/'RESULTS.md').read_text(encoding='utf8').partition('<!-- defects -->')[2].partition('<!-- /defects -->')[0]
+    rows = len(re.findall(r'(?m)^\|', defects)) - 2
+    readme, changes = ((ROOT/n).read_text(encoding='utf8') for n in ('README.md', 'CHANGELOG.md'))
+    assert f'| {len(discover())}, one form |' in readme
+    assert f'{len(discover())} techniques' in changes
+    assert f'{rows} things that fastai' in readme
+    assert f'{rows} defects of fastai' in changes
+
+
 @pytest.mark.parametrize('file', NBS, ids=lambda f: f.stem)
 def test_what_a_notebook_shows_belongs_to_its_code_and_to_no_machine(file):
     nb = books.read(file)

@@ -105,7 +105,7 @@ class Vary(RandTransform):
     def before_call(self, b, split_idx):
         while isinstance(b, tuple): b = b[0]
         self.do, self.drawn = True, self.draw(b) if any(self.moves.values()) else None
-        self.light = tuple(d(b) for d in self.lights) if self.lights else None
+        self.light = tuple(d(b) for d in self.lights) if self.lights else None  # pyright: ignore[reportGeneralTypeIssues]
 
     def draw(self, x) -> Homography:
         "How the images `x` are moved: mirrored, turned and enlarged about their middle, then tilted, then shifted by whole pixels."

@@ -61,7 +61,7 @@ def check_levels(learn: Learner, who: str, moves: bool = False) -> torch.Tensor:
                        "let fastai's Normalize, a batch transform, normalise them")
     if moves and (still := [y for y in first_sample(learn.dls)[1] if _has_places(y, x)]):
         raise BadValue(f'{who}: moves the pixels of images, and their targets, {type(still[0]).__name__} {shapes(still[:1])}, would stay where they are; `augment` moves both')
-    return x
+    return x  # pyright: ignore[reportReturnType]
 
 
 def _has_places(y, x) -> bool:

@@ -79,6 +79,7 @@ class Client:
             self._mine.connection = None if response.will_close else connection
             if response.will_close: connection.close()
             return response.status, _seconds(response.getheader('Retry-After')), text
+        raise AssertionError('a connection of our own answers or raises')
 
 
 def _seconds(retry_after: str | None) -> float:

@@ -132,7 +132,7 @@ class Match(TechniqueCallback):
                 for g in grads: distributed.all_reduce(g.div_(distributed.get_world_size()))
             adam(self.regressors, list(grads), *self.moments, [], self.steps, amsgrad=False, beta1=.9, beta2=.999, lr=RATE, weight_decay=0., eps=1e-8, maximize=False)
             self.last = step
-        return distance(now, pairs)
+        return distance(now, pairs)  # pyright: ignore[reportReturnType]
 
     def after_cancel_batch(self): self._forget()
     def abort(self, level): self._forget()

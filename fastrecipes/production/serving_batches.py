@@ -27,7 +27,7 @@ class Batcher:
         if not first: job.turn.acquire()        # until it is answered, or the next to run a batch
         if not job.done: self._run_waiting(job)
         if job.error: raise job.error
-        return job.answer
+        return job.answer  # pyright: ignore[reportReturnType]
 
     def _run_waiting(self, own: '_Job'):
         "One batch of what waits, `own` the first of it; then wake the answered, and the one who runs the next."

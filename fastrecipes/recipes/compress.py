@@ -61,7 +61,7 @@ def compress(learn: Learner | str, student: str | None = None, *, max_mb: float 
     """
     asked = dict(locals())
     one_process('compress')
-    prune, quantize, targets, budget = check_compression(student, prune, quantize, max_mb=max_mb, max_ms=max_ms, minutes=minutes, control=control, tolerance=tolerance)
+    prune, quantize, targets, budget = check_compression(student, prune, quantize, max_mb=max_mb, max_ms=max_ms, minutes=minutes, control=control, tolerance=tolerance)  # pyright: ignore[reportAssignmentType]
     if not (student or prune or quantize): raise BadValue('compress: student, prune and quantize are all off: nothing to do')
     if student or prune: check_fit(epochs, lr)
     seed_everything(seed)

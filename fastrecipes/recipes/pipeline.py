@@ -155,7 +155,7 @@ def demo(path: str | None = None, *, out: str | None = None, seed: int = 42, ove
         overwrite: replace the run in that folder
     """
     if path is None:
-        path = digits(xdg_cache_home()/'fastrecipes'/'digits-5to1', imbalance=5)
+        path = str(digits(xdg_cache_home()/'fastrecipes'/'digits-5to1', imbalance=5))
         settings = dict(arch='resnet18', pretrained=False, size=32, epochs=12, valid=.25, test=.3, balance='upsampling',
                         augment=dict(flip=False, warp=.1, lighting=.1), student='resnet10t', prune=.5, compress_epochs=6)
     elif packaged_weights(arch := next(iter(PACKAGED))): settings = dict(arch=arch, size=96, epochs=3)

@@ -39,7 +39,7 @@ def field_of(o, name: str, default=None):
 
 def losses(fits) -> str:
     "Training and validation loss over the epochs of all fits, one after another."
-    return _curves(fits, lambda c: c.endswith('_loss'), 'loss')
+    return _curves(fits, lambda c: c.endswith('_loss'), 'loss')  # pyright: ignore[reportReturnType]
 
 
 def metrics(fits) -> str | None:

@@ -138,7 +138,7 @@ def _word(v) -> str: return v if isinstance(v, str) else json.dumps(v, ensure_as
 def _plain_arguments(arguments: Mapping) -> dict:
     flat = {k: v for k, v in arguments.items() if k not in ('out', 'overwrite')}
     if isinstance(flat.get('techniques'), Mapping): flat |= flat.pop('techniques')      # what `**techniques` took; `ablate` has names by this name
-    return _plain(flat)
+    return _plain(flat)  # pyright: ignore[reportReturnType]
 
 
 def _plain(v):

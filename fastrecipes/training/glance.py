@@ -34,7 +34,7 @@ class Glance:
     def differentiated(self, f):
         "The loss `f` of what was answered, after its gradient by the outputs was taken."
         many = isinstance(self.pred, (list, tuple))
-        leaves = [p.detach().requires_grad_(p.is_floating_point()) for p in (self.pred if many else (self.pred,))]
+        leaves = [p.detach().requires_grad_(p.is_floating_point()) for p in (self.pred if many else (self.pred,))]  # pyright: ignore[reportGeneralTypeIssues]
         with unseen(leaves[0].device), torch.enable_grad():
             values = f(type(self.pred)(leaves) if many else leaves[0], *self.yb)
             if isinstance(values, torch.Tensor) and values.numel() == 1 and values.requires_grad: torch.autograd.grad(values.sum(), leaves, allow_unused=True)

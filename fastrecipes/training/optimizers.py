@@ -59,7 +59,7 @@ class TorchOptimizer(OptimWrapper):
         "One group of the optimizer for those of a group that decay, another for those that do not. A Learner says so once the optimizer is made."
         self.divided = any('do_wd' in s for s in self.state.values())
         groups, self.parts, bare = _inner(self.opt).param_groups, [], []
-        for i, (ps, pg) in enumerate(zip(self.param_lists, groups)):
+        for i, (ps, pg) in enumerate(zip(self.param_lists, groups)):  # pyright: ignore[reportGeneralTypeIssues]
             rest = [p for p in ps if self.state[p].get('do_wd', True)]
             self.parts.append((i, bool(rest), pg))
             if not rest or len(rest) == len(ps): continue

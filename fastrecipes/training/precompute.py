@@ -36,7 +36,7 @@ def body_of(learn: Learner) -> list[str]:
         raise BadValue('precompute: the body must be the first layers of an nn.Sequential, as vision_learner makes it, '
                        f'and {type(model).__name__} is none; put body and head into one')
     lists, frozen = (learn.opt.param_lists, learn.opt.frozen_idx) if learn.opt is not None else ((), 0)
-    still = {p for ps in list(lists)[:frozen] for p in ps}
+    still = {p for ps in list(lists)[:frozen] for p in ps}  # pyright: ignore[reportGeneralTypeIssues]
     body, last = [], 0
     for name, m in _chain(model):
         kind = _kind(m, still)

@@ -65,12 +65,12 @@ class SAM(TechniqueCallback):
         if self.adaptive: matrices = {p for n, p in get_model(learn.model).named_parameters() if 'weight' in n.rpartition('.')[2]}
         ps = [p for p, *_ in learn.opt.all_params(with_grad=True)]
         found = ascent([p.grad.detach() for p in ps], self.rho, [p.detach().abs() + ETA if p in matrices else 1. for p in ps])
-        return found and dict(zip(ps, found))
+        return found and dict(zip(ps, found))  # pyright: ignore[reportReturnType]
 
     def _pass(self):
         "What a Learner does with a batch, up to its step."
         learn = self.learn
-        learn.xb, learn.yb = self.batch
+        learn.xb, learn.yb = self.batch         # pyright: ignore[reportGeneralTypeIssues]
         for holder, views in self.views: holder.kept = views
         learn('before_batch')
         learn.pred = learn.model(*learn.xb)

@@ -203,6 +203,6 @@ def classifier(dls: DataLoaders, net: Backbone, metrics=(), head=linear_head) ->
         mean, std = net.statistics or train_statistics(dls)
         dls.add_tfms([Normalize.from_stats(np.float32(mean).tolist(), np.float32(std).tolist())], 'after_batch')
     model = add_head(net.body, net.n_features, n_classes, head=head and head(net, n_classes), init=None if head else nn.init.kaiming_normal_, pool=net.pool)
-    learn = Learner(dls, model, splitter=net.split, metrics=list(metrics))
+    learn = Learner(dls, model, splitter=net.split, metrics=metrics)
     if net.statistics: learn.freeze()
     return learn
