@@ -78,7 +78,7 @@ def measured() -> dict[str, list[str]]:
             for name in names:
                 rows = '\n'.join(re.findall(rf'(?m)^(?:\| `)?{name}(?:\(.*?\))?(?:` \|| {{2,}}).*$', below))
                 rows = head+rows if table else f'```\n{head}{rows}\n```'
-                what = f'{title}{f": {under}" if under else ""}. {command}, {date}; machine and protocol in [the benchmarks](../benchmarks.md).'
+                what = f'{title}{": "*bool(under)}{under}. {command}, {date}; machine and protocol in [the benchmarks](../benchmarks.md).'
                 found.setdefault(name, []).append(f'{what}\n\n{rows}\n')
     return found
 
