@@ -141,7 +141,7 @@ def cheatsheet(techniques, others) -> str:
     for o in others.values():
         if o['kind'] != 'method' or o['name'] in schedules: continue
         columns[ROOMS.get(o['room'], 'Training')].setdefault('Methods', []).append(f'[`{o["name"]}`](methods.md#{k_of(o["name"])})')
-    lines = ['---', 'hide: [navigation, toc]', '---', '', '# The cheatsheet', '', f'{len(techniques)} techniques, from the registry, with what belongs beside them; every cell is a link. '
+    lines = ['---', 'hide: [navigation, toc]', '---', '', '# The cheatsheet', '', f'{len(techniques)} techniques, from the registry, with what belongs beside them; each is a link. '
              'Where its source is wrong: [errata](errata.md). Which one? [Pick a technique](pick.md).', '', '<div class="cheatsheet" markdown>', '']
     for column, groups in columns.items():
         lines += ['<div markdown>', '', f'## {column}', '']
