@@ -148,6 +148,21 @@ def table(done: list[dict]) -> str:
     return '\n'.join([*lines, '', f'Test accuracy in %, mean and range of up to {runs} seeds; passes over the training images.'])
 
 
+def sooner(done: list[dict]) -> str:
+    "How much earlier ours has what each of the others has at last: the least of the budgets that were run after which it is as good, on average."
+    lines = []
+    for n in sorted({r['n'] for r in done}):
+        mean = {key: statistics.mean(r['accuracy'] for r in done if (r['n'], r['who'], r['minutes']) == (n, *key)) for key in {(r['who'], r['minutes']) for r in done if r['n'] == n}}
+        ours = sorted((m, a) for (who, m), a in mean.items() if who == WHO[0])
+        for who in WHO[1:]:
+            last = max((m for w, m in mean if w == who), default=None)
+            if last is None or last <= 1: continue
+            had = next(((m, a) for m, a in ours if a >= mean[who, last]), None)
+            found = f'ours {100*had[1]:.1f} % after {had[0]:g}: {had[0]/last:.2g} of the time' if had else 'ours in none of its budgets'
+            lines.append(f'- {n:,} images, {who}: {100*mean[who, last]:.1f} % after {last:g} minutes; {found}.')
+    return '\n'.join(['', 'How soon ours has what the others have at last, by the budgets that were run:', '', *lines]) if lines else ''
+
+
 def main(data: Path, out: Path, minutes: list[float], images: list[int], seeds: int, more: list[float]) -> str:
     from imbalance import done as done_in
     from imbalance import note, ready
@@ -163,7 +178,7 @@ def main(data: Path, out: Path, minutes: list[float], images: list[int], seeds: 
         done.append(key | json.loads(answer.stdout.splitlines()[-1]))
         note(file, done[-1])
         print(f'{who}, {n:,} images, {m:g} minutes, seed {seed}: {100*done[-1]["accuracy"]:.2f} %, {done[-1]["images"]/done[-1]["seconds"]:.0f} images/s', flush=True)
-    return table(done)
+    return '\n'.join(filter(None, [table(done), sooner(done)]))
 
 
 if __name__ == '__main__':
