@@ -1,4 +1,4 @@
-"The code of README and guide runs, for one epoch, on a folder of small images; where its title says that it takes minutes or the hub, its calls fit."
+"The code of README and guide runs, for one epoch and on small images; where its title says that it takes minutes or the hub, its calls fit."
 import ast
 import inspect
 import re
@@ -18,8 +18,10 @@ def python(file: Path, titled: bool) -> list[str]:
 
 
 def hurried(code: str) -> str:
-    "For one epoch, and seconds."
-    return re.sub(r'minutes=\d+', 'minutes=.05', re.sub(r'epochs=\d+', 'epochs=1', re.sub(r'(fit_(?:flat_cos|constant|cos|step|decay|gradual_unfreeze))\(\d+', r'\1(1', code)))
+    "For one epoch, and seconds, on small images."
+    for long, short in ((r'minutes=\d+', 'minutes=.05'), (r'epochs=\d+', 'epochs=1'), (r'size=\d+', 'size=48'), (r'(fit_(?:flat_cos|constant|cos|step|decay|gradual_unfreeze))\(\d+', r'\1(1')):
+        code = re.sub(long, short, code)
+    return code
 
 
 @pytest.fixture
