@@ -226,7 +226,7 @@ class Learner(_Learner):
         'Train on logits moved by tau·log(share of the class), so that the logits themselves come out right for classes equally often.'
         ...
 
-    def loss(self, kind, gamma: float | None=None, alpha: float | None=None, eps: float | None=None, margin: float | None=None, smooth: float | None=None) -> Learner:
+    def loss(self, kind: Literal['mae', 'mse', 'rmse', 'mape', 'mspe', 'rmspe', 'ce', 'nll', 'label_smoothing', 'focal', 'bce', 'hinge', 'soft_f1', 'dice', 'iou'], gamma: float | None=None, alpha: float | None=None, eps: float | None=None, margin: float | None=None, smooth: float | None=None) -> Learner:
         "Train on another loss, by its name; validation, `predict` and metrics keep the Learner's own, so that runs can be compared."
         ...
 

@@ -223,7 +223,9 @@ def sections_of(t) -> tuple[str, ...]:
     return (t.section,) if isinstance(t.section, str) else tuple(t.section)
 
 
-def section_of(t) -> str: return sections_of(t)[0]
+def section_of(t) -> str:
+    "The chapter that lists a technique."
+    return sections_of(t)[0]
 
 
 def _argument_types(t) -> dict:
