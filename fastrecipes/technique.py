@@ -23,6 +23,7 @@ __all__ = ['STAGES', 'TECHNIQUES', 'RECIPE_PARAMETERS', 'Technique', 'Applied', 
            'plan', 'discover', 'check_changeable']
 
 STAGES = ('data', 'model', 'loss', 'optim', 'train')
+TOUCHES = ('sampling', 'inputs', 'targets', 'model', 'weights', 'gradient', 'step', 'precision', 'inference')       # 'inference': it acts in validation and use, too
 RECIPE_PARAMETERS = frozenset('path arch epochs lr size bs valid test pretrained weights freeze schedule techniques seed out workers overwrite'.split())
 TECHNIQUES: dict[str, 'Technique'] = {}
 
@@ -116,16 +117,18 @@ def technique(stage: str, *, section, source: str, touches=(), after=(), before=
               formula: str | None = None):
     """Register `f(learn, …) -> learn` as a technique, patch it onto `Learner` and return it.
 
-    `stage` is one of `STAGES`; `after`/`before` order it within its stage; `refuses` maps another technique to the sentence that says
+    `stage` is one of `STAGES`, `touches` are some of `TOUCHES`; `after`/`before` order it within its stage; `refuses` maps another technique to the sentence that says
     why the two do not go together; `example` gives small arguments where one is required, or makes them from a Learner; `replaces` names
     the version of fastai whose method of this name it replaces; `section`: the chapter it is listed under, or several, the first of them
     first; `formula`, in TeX, for its card in the documentation. Raises at import if the name is taken."""
     if stage not in STAGES: raise ValueError(f'technique: stage must be one of {STAGES}, got {stage!r}')
+    if isinstance(touches, str) or not set(touches) <= set(TOUCHES): raise ValueError(f'technique: touches must be a tuple of {TOUCHES}, got {touches!r}')
 
     def register(f):
         name = f.__name__
-        if name in TECHNIQUES: raise ValueError(f'technique {name!r} is registered twice')
-        if (why := _reserved(name)) and not replaces: raise ValueError(f'technique {name!r} clashes with {why}')
+        again = name in TECHNIQUES and f.__module__ == TECHNIQUES[name].f.__module__ == '__main__'      # a cell of a notebook that is run once more
+        if name in TECHNIQUES and not again: raise ValueError(f'technique {name!r} is registered twice')
+        if (why := _reserved(name)) and not replaces and not again: raise ValueError(f'technique {name!r} clashes with {why}')
 
         @wraps(f)
         def method(self, *args, **kwargs):

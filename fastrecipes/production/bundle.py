@@ -135,7 +135,7 @@ def _check_target(path: Path, overwrite: bool):
     if not path.is_dir(): raise BadValue(f'out: {path} is a file; name a folder')
     ours = (path/CARD).is_file() or not any(path.iterdir())
     if not ours: raise BadValue(f'out: {path} holds files that are no bundle; name a new folder')
-    if not overwrite: raise BadValue(f'out: {path} exists already; name another --out, or add --overwrite to replace it')
+    if not overwrite: raise BadValue(f'out: {path} exists already; name another, or replace it: overwrite=True, --overwrite')
 
 
 def _beside(path: Path) -> Path:

@@ -14,6 +14,7 @@ from fastrecipes.data.loaders import as_dataloaders
 from fastrecipes.data.pixels import Resize
 from fastrecipes.data.scan import check_root
 from fastrecipes.errors import BadValue, nearest
+from fastrecipes.files import writes
 from fastrecipes.recipes.recommend import takes_recommended
 from fastrecipes.report.evidence import Row, gather, keep_run, score
 from fastrecipes.report.history import history, lines_unless_terminal
@@ -51,7 +52,7 @@ def image_classifier(path, arch: str = 'resnet18', *, epochs: int = 5, minutes: 
         path: the folder; or fastai `DataLoaders`, a torch `Dataset`, a tuple of torch datasets or loaders
         arch: any network of timm or torchvision
         epochs: passes over the training data, at least 1
-        minutes: train for so long instead, with the schedule following the clock; validation comes on top, and the epoch of a new head
+        minutes: train for so long instead of `epochs`, with the schedule following the clock; on top come validation, finding a rate, and the epoch of a new head
         lr: the highest learning rate, or 'find'
         size: width and height of the images, in px
         bs: images a batch
@@ -112,6 +113,7 @@ def rate_of(learn: Learner, lr: float | str) -> float:
     "The rate that was given, or the one that is found."
     if not isinstance(lr, str): return lr
     history(learn).found = remember('learning rate', lambda: find_lr(learn))
+    if writes(): print(f'learning rate: {history(learn).found.lr:.2g}, found')
     return history(learn).found.lr
 
 
@@ -131,13 +133,13 @@ def check_fit(epochs: int, lr: float | str):
     if lr != 'find' and (isinstance(lr, str) or not lr > 0): raise BadValue(f"lr: a number above 0, or 'find', got {lr!r}")
 
 
-def check_recipe(path, arch, epochs, lr, schedule, groups=None, drawn_and_frozen: bool = False, minutes=None):
+def check_recipe(path, arch, epochs, lr, schedule, groups=None, drawn_and_frozen: bool = False, minutes=None, who: str = 'image_classifier'):
     "Raise for what can be told wrong before any data are read and any weights fetched."
     if groups is not None and not isinstance(path, (str, Path)): raise BadValue(f'groups: found in the names of files, and path is {type(path).__name__}; give a folder of images')
     if drawn_and_frozen: raise BadValue('freeze: the body would stay as it was drawn; start from trained weights (pretrained or weights)')
     if isinstance(path, (str, Path)): check_root(path)
     check_arch(arch)
     check_fit(epochs, lr)
-    if minutes is not None: check_minutes('image_classifier', minutes)
+    if minutes is not None: check_minutes(who, minutes)
     if minutes is not None and schedule == 'sgdr': raise BadValue("schedule: 'sgdr' counts epochs, and this fit goes by minutes; take cos or one_cycle")
     if schedule not in SCHEDULES: raise BadValue(f'schedule: one of {", ".join(SCHEDULES)}, got {schedule!r}{nearest(schedule, SCHEDULES)}')

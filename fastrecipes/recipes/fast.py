@@ -10,10 +10,10 @@ from fastai.basics import Learner
 from fastrecipes.arguments import checked
 from fastrecipes.data.folders import NearDuplicates
 from fastrecipes.data.pixels import Resize
-from fastrecipes.recipes.classify import image_classifier
+from fastrecipes.recipes.classify import check_recipe, image_classifier
 from fastrecipes.recipes.small_images import LAYOUTS, SMALL_IMAGES, arch_for, fastest_layout, moved
 from fastrecipes.report.run_folder import RECIPE
-from fastrecipes.technique import discover
+from fastrecipes.technique import discover, plan
 from fastrecipes.training.memory import keep_freed_memory
 
 __all__ = ['fast_classifier']
@@ -49,8 +49,10 @@ def fast_classifier(path, arch: str = 'auto', *, minutes: float = 5., size: int 
     """
     settings = {k: v for k, v in locals().items() if k not in ('path', 'arch', 'switched')}
     if arch == 'auto': arch = arch_for(torch.cuda.is_available())
-    keep_freed_memory()
     chosen = {**SMALL_IMAGES, 'augment': moved(size), **settings, **switched}
+    plan({n: v for n, v in chosen.items() if n in discover()})
+    check_recipe(path, arch, 1, lr, chosen['schedule'], groups, minutes=minutes, who='fast_classifier')
+    keep_freed_memory()
     layout = _kept(out, overwrite)
     if layout is None: layout = fastest_layout(arch, size, bs, chosen)
     return image_classifier(path, arch, pretrained=False, **{**layout, **chosen})

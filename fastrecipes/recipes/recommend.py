@@ -145,7 +145,8 @@ def _flaws(f: Facts):
     if f.torn: yield Advice(step, f'{f.torn} pairs of images look alike and have two labels: one of each is wrong')
     if f.noisy:
         shown = ', '.join(map(str, f.suspects[:3]))
-        yield Advice(step, f'about {percent(f.noise.value)} of the labels are wrong, and to mend them is worth more than all below: {shown}; --suspects FILE.csv writes all')
+        yield Advice(step, f'about {percent(f.noise.value)} of the labels may be wrong: look at {shown}; --suspects FILE.csv writes all. '
+                     'Where they are, to mend them is worth more than all below')
 
 
 def _augmentation(f: Facts):

@@ -182,7 +182,7 @@ def _take(path: Path, recipe: str, arguments: dict, overwrite: bool, growing: tu
     found = _read(path/PROVENANCE)
     if 'recipe' not in found: raise BadValue(f'out: {path} holds files that are no run of ours; name a new or an empty folder')
     if overwrite: return _clear(path)
-    way_out = 'name another --out, or add --overwrite to replace it'
+    way_out = 'name another, or replace it: overwrite=True, --overwrite'
     there = _read(path/RECIPE) or arguments      # killed between the two: nothing but the recipe's name is known
     grows = any(there.get(k) != arguments.get(k) for k in growing)
     if differs := _differences(found['recipe'], there | {k: arguments.get(k) for k in growing}, recipe, arguments):

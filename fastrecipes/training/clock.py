@@ -32,7 +32,7 @@ class Clock(TechniqueCallback):
         self._count()
         half = self.spent/self.batches/2 if self.batches else 0.        # of a batch: it ends on the side of the hour that is nearer
         self.learn.pct_train = min(self.spent/self.seconds, 1.)
-        self.ended = self.batches > 0 and self.spent + half >= self.seconds
+        self.ended = self.batches > 0 and self.learn.iter > 0 and self.spent + half >= self.seconds      # an epoch that has begun has a batch
         if self.ended: raise CancelTrainException('time is up')
         self.batches += 1
 
@@ -66,8 +66,8 @@ def check_minutes(who: str, minutes):
 def fit_for(self: Learner, minutes, lr=None, schedule='one_cycle', wd=None, cbs=None, reset_opt=False, **kwargs):
     """Fit for `minutes` > 0 of training, with the rate where `schedule` has it at that share of the time: it ends annealed, on a fast machine and on a busy one.
 
-    The last epoch ends where the time does, and is validated; validation comes on top. `schedule`: one of `SCHEDULES`, but for 'sgdr', whose cycles are
-    epochs; `kwargs` are those of its method. What goes by the share of a fit (`swa`, `progressive_resize`) goes by the clock, too. Two runs are not the
+    The last epoch ends where the time does, and is validated; validation comes on top. `schedule`: constant, step, decay, cos, flat_cos or one_cycle
+    ('sgdr' counts epochs); `kwargs` are those of its method. What goes by the share of a fit (`swa`, `progressive_resize`) goes by the clock, too. Two runs are not the
     same to the bit, for no two take the same number of batches. Raises `ValueError` for other arguments."""
     if not REPAIRS: raise BadValue('fit_for: needs the mends of fastai; unset FASTRECIPES_REPAIRS')
     check_minutes('fit_for', minutes)

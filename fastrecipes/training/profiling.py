@@ -80,7 +80,7 @@ class Profiled:
 
 class Profile(TechniqueCallback):
     "Look at the clock at the begin and the end of each event, and around each callback; on a GPU wait for it each time, so that its work counts where it was asked for."
-    transient = ('mark', 'inside', 'looked', 'looks', 'cpu')
+    transient = ('mark', 'inside', 'looked', 'looks', 'used')
 
     def __init__(self): self.found, self.mark, self.inside = None, None, False
 
@@ -89,7 +89,7 @@ class Profile(TechniqueCallback):
         self.found, self.inside, self.looks, self.device = Profiled(), False, [], device_of(self.learn)
         self.found.device = 'cores' if self.device.type == 'cpu' else str(self.device)
         self.learn._watch, self.mark = self._around, self._now()
-        self.begun, self.looked, self.cpu = False, self.mark, time.process_time()
+        self.begun, self.looked, self.used = False, self.mark, time.process_time()
 
     def _now(self) -> float:
         if self.device.type == 'cuda': torch.cuda.synchronize()
@@ -138,7 +138,7 @@ class Profile(TechniqueCallback):
         "No longer watch; what was found, where a fit was."
         if vars(self.learn).pop('_watch', None) is None: return None
         if self.device.type == 'cuda': self.found.busy = sum(self.looks)/len(self.looks) if self.looks else None
-        elif (wall := self.found.total + self.found.start) > 0: self.found.busy = min(1., (time.process_time()-self.cpu)/wall/(os.cpu_count() or 1))
+        elif (wall := self.found.total + self.found.start) > 0: self.found.busy = min(1., (time.process_time()-self.used)/wall/(os.cpu_count() or 1))
         return self.found
 
 
