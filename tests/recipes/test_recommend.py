@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from fastrecipes.cli import _function, COMMANDS, main
+from fastrecipes.cli import function_of, COMMANDS, main
 from fastrecipes.data.samples import digits
 from fastrecipes.errors import BadValue
 from fastrecipes.flags import CommandLine
@@ -161,7 +161,7 @@ def test_the_commands_are_understood(tmp_path, pixels_alone):
     assert list(csv.DictReader((tmp_path/'suspects.csv').open()))[:2] == [dict(file=s.name, label=s.label, likely=s.likely) for s in said.suspects[:2]]
     for line in (said.command, said.check, *(a.command for a in said.advice if a.command and 'RUN' not in a.command)):
         _, command, *argv = shlex.split(line)
-        asked = CommandLine(_function(COMMANDS[command]), command).parse(argv)
+        asked = CommandLine(function_of(COMMANDS[command]), command).parse(argv)
         assert asked['path'] == str(folder)
         assert asked['arch'] == 'resnet10t' and asked['pretrained'] is False and asked['size'] == 32 and asked['test'] == .15 and asked['bs'] <= said.settings['bs']
         if command == 'image-classifier': assert {n: asked[n] for n in said.settings} == said.settings and asked['augment'] == {'flip': False}
