@@ -9,12 +9,16 @@ import json
 import logging
 import re
 import shutil
+import sys
 import time
 import warnings
 from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'bench'))
+import results                                      # noqa: E402
+
 COLUMNS = {'Data': ('Balance', 'Data augmentation', 'Loading', 'Normalization'), 'Layers': ('Layers', 'Regularization'), 'Loss': ('Loss',), 'Metrics': (), 'Training': ('Training',),
            'Production': ('Distillation', 'Pruning')}
 ROOMS = {'data': 'Data', 'layers': 'Layers', 'losses': 'Loss', 'metrics': 'Metrics', 'training': 'Training', 'production': 'Production', 'report': 'Production'}
@@ -60,15 +64,14 @@ def shown_in(notebooks: dict) -> dict[str, list[str]]:
     return found
 
 
-EFFECTS = ('Six techniques', 'A real ablation', 'Long-tailed')      # the parts of RESULTS.md that hold effects of techniques
+EFFECTS = ('effects', 'ablation_cifar', 'imbalance')       # the parts of RESULTS.md that hold effects of techniques
 
 
 def measured() -> dict[str, list[str]]:
     "Technique → what bench/RESULTS.md has of it: the rows that begin with its name, under their head, with command and date."
     found = {}
-    for part in re.split(r'<!-- /\w+ -->', (ROOT/'bench'/'RESULTS.md').read_text(encoding='utf8')):
-        title, _, text = part.partition('## ')[2].partition('\n')
-        if not title.startswith(EFFECTS): continue
+    for part in map(results.read, EFFECTS):
+        title, _, text = part.strip().removeprefix('## ').partition('\n')
         command, date = re.search(r'`[^`\n]+`', text)[0], re.search(r'Written ([\d-]+)', text)[1]
         for below in re.split(r'(?m)^### ', text):
             table = re.search(r'(?m)^\|.*\|\n\| *-.*\|\n', below)
@@ -86,14 +89,14 @@ def measured() -> dict[str, list[str]]:
 # Pages
 
 def card(t, techniques, where, effects) -> str:
-    from fastrecipes.flags import flags_of, sections_of
-    first = next(iter(t.parameters.values()), None)
-    value = '' if first is None else f'{first.default!r}' if first.default not in (first.empty, None) else f'…{first.name}'
+    from fastrecipes.cards import pairs, ways
+    from fastrecipes.flags import sections_of
     lines = [f'# {t.name}', '', t.summary, '']
     if t.formula: lines += ['$$', t.formula, '$$', '']
     if rest := prose(t.doc).partition('\n')[2].strip(): lines += [rest, '']
-    lines += ['## How it is called', '', '| | |', '| --- | --- |', f'| on a Learner | `learn.{t.name}({value})` |', f'| in a recipe | `{t.name}={value or True}` |']
-    if flags := flags_of(t): lines += [f'| at the command line | `{"` `".join(flags)}` |']
+    called = ways(t)
+    lines += ['## How it is called', '', '| | |', '| --- | --- |', f'| on a Learner | `{called["method"]}` |', f'| in a recipe | `{called["keyword"]}` |']
+    if flags := called['flags']: lines += [f'| at the command line | `{"` `".join(flags)}` |']
     if t.parameters:
         lines += ['', '| argument | default | |', '| --- | --- | --- |']
         for n, p in t.parameters.items():
@@ -102,7 +105,7 @@ def card(t, techniques, where, effects) -> str:
     rows = {'chapter': ', '.join(sections_of(t)), 'applied at stage': t.stage, 'touches': ', '.join(t.touches) or 'nothing of data, network or loss',
             'after': _cards(t.after), 'before': _cards(t.before), 'in place of': t.replaces, 'source': link(t.source)}
     lines += ['', '## What it touches', '', '| | |', '| --- | --- |', *(f'| {k} | {v} |' for k, v in rows.items() if v)]
-    refused = {o: why for o in techniques if o != t.name and (why := t.refuses.get(o) or techniques[o].refuses.get(t.name))}
+    refused = {o: p['why'] for p in pairs(techniques.values(), t.name) if not p['together'] for o in p['techniques'] if o != t.name}
     lines += ['', '## Composes with', '', f'{len(techniques)-1-len(refused)} of the {len(techniques)-1} others, in whatever order they are named; each pair is trained by the tests, '
               'and where it touches the loss or the gradient, a batch is compared with a value by hand.']
     if refused: lines += ['', 'It is refused, before any work, beside', '', *(f'- [`{o}`]({o}.md): {why}' for o, why in refused.items())]
@@ -137,10 +140,10 @@ def cheatsheet(techniques, others) -> str:
     columns['Loss']["`loss(…)`"] = [f'[`{k}`](techniques/loss.md)' for k in LOSSES]
     columns['Metrics']["`metric(…)`"] = [f'[`{k}`](api/metrics.md)' for k in METRICS]
     schedules = [f'fit_{k}' for k in SCHEDULES] + ['fit_for']
-    columns['Training']['Schedules'] = [f'[`{n}`](methods.md#{k_of(n)})' if n in others else f'[`{n}`](https://docs.fast.ai/callback.schedule.html)' for n in schedules]
+    columns['Training']['Schedules'] = [f'[`{n}`](methods.md#{anchor_of(n)})' if n in others else f'[`{n}`](https://docs.fast.ai/callback.schedule.html)' for n in schedules]
     for o in others.values():
         if o['kind'] != 'method' or o['name'] in schedules: continue
-        columns[ROOMS.get(o['room'], 'Training')].setdefault('Methods', []).append(f'[`{o["name"]}`](methods.md#{k_of(o["name"])})')
+        columns[ROOMS.get(o['room'], 'Training')].setdefault('Methods', []).append(f'[`{o["name"]}`](methods.md#{anchor_of(o["name"])})')
     lines = ['---', 'hide: [navigation, toc]', '---', '', '# The cheatsheet', '', f'{len(techniques)} techniques, from the registry, with what belongs beside them; each is a link. '
              'Where its source is wrong: [errata](errata.md). Which one? [Pick a technique](pick.md).', '', '<div class="cheatsheet" markdown>', '']
     for column, groups in columns.items():
@@ -150,7 +153,7 @@ def cheatsheet(techniques, others) -> str:
     return '\n'.join([*lines, '</div>'])
 
 
-def k_of(name: str) -> str: return f'learn-{name}'
+def anchor_of(name: str) -> str: return f'learn-{name}'
 
 
 def methods(others) -> str:
@@ -159,7 +162,7 @@ def methods(others) -> str:
     rooms = sorted((o for o in others.values() if o['kind'] == 'method'), key=lambda o: (list(ROOMS).index(o['room']) if o['room'] in ROOMS else -1, o['name']))
     for room, group in groupby(rooms, lambda o: o['room']):
         lines += [f'## {ROOMS.get(room, "All")}', '']
-        for o in group: lines += [f'### learn.{o["name"]} {{ #{k_of(o["name"])} }}', '', f'```python\n{o["call"]}\n```', '', prose(o['doc']), '']
+        for o in group: lines += [f'### learn.{o["name"]} {{ #{anchor_of(o["name"])} }}', '', f'```python\n{o["call"]}\n```', '', prose(o['doc']), '']
     return '\n'.join(lines)
 
 

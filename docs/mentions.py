@@ -1,6 +1,31 @@
-"What the code of a notebook uses."
+"What pages and notebooks hold in code: blocks, calls, techniques."
 import ast
+import inspect
 import re
+from pathlib import Path
+
+
+def blocks(file: Path, language: str, titled: bool = False) -> list[str]:
+    "The blocks of code of a page in `language`: those that are to be run as they are, or those whose title says what they need."
+    found = re.findall(rf'(?ms)^```{language}( title="[^"]*")?\n(.*?)^```', file.read_text(encoding='utf8'))
+    return [code for title, code in found if bool(title) == titled]
+
+
+def bound(call: ast.Call) -> inspect.BoundArguments | None:
+    """The arguments of a call by the signature of what it names, `None` where there is no such thing. Raises `TypeError` where they do not fit.
+
+    It is a name of `fastrecipes.all`, a method of what one of them makes, or of a Learner; after `A.` one of albumentations."""
+    import albumentations as A
+
+    import fastrecipes.all as everything
+    of = getattr(call.func, 'value', None)
+    if isinstance(call.func, ast.Name): f, given = getattr(everything, call.func.id, None), []
+    elif isinstance(of, ast.Name) and of.id == 'A': f, given = getattr(A, call.func.attr, None), []
+    else:
+        owner = getattr(everything, of.func.id, None) if isinstance(of, ast.Call) and isinstance(of.func, ast.Name) else everything.Learner
+        f, given = getattr(owner, call.func.attr, None), [None]
+    if f is None: return None
+    return inspect.signature(f).bind(*given, *[None]*len(call.args), **{k.arg: None for k in call.keywords})
 
 
 def _code(nb: dict) -> ast.AST:

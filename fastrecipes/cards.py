@@ -13,7 +13,7 @@ from fastrecipes.errors import BadName, nearest
 from fastrecipes.flags import flags_of, section_of, sections_of
 from fastrecipes.technique import STAGES, Technique, discover
 
-__all__ = ['ls', 'card', 'company', 'composition', 'in_order', 'listing', 'others', 'pairs', 'record']
+__all__ = ['ls', 'card', 'company', 'composition', 'in_order', 'listing', 'others', 'pairs', 'record', 'ways']
 
 
 def ls(name: str | None = None, *, matrix: bool = False, json: bool = False) -> None:
@@ -113,17 +113,21 @@ def in_order(techniques) -> list[Technique]:
     return sorted(techniques, key=lambda t: (first[section_of(t)], section_of(t), t.name))
 
 
+def ways(t: Technique) -> dict:
+    "How `t` is switched on: as a method, as a keyword and by its flags, the first argument at its default."
+    first = next(iter(t.parameters.values()), None)
+    value = first and (repr(first.default) if first.default not in (first.empty, None) else f'<{first.name}>')
+    return dict(method=f'learn.{t.name}({value or ""})', keyword=f'{t.name}={value or True}', flags=flags_of(t))
+
+
 def card(t: Technique) -> str:
     "All that is known of `t`, for a terminal."
     signature = _short(', '.join(map(str, t.parameters.values())))
-    first = next(iter(t.parameters.values()), None)
-    value = first and (repr(first.default) if first.default not in (first.empty, None) else f'<{first.name}>')
     rows = [('section', ', '.join(sections_of(t))), ('stage', t.stage), ('source', t.source), ('touches', ', '.join(t.touches)),
             ('after', ', '.join(t.after)), ('before', ', '.join(t.before)), ('replaces', t.replaces)]
     rows += [('refuses', f'{other}: {why}') for other, why in t.refuses.items()] + [('', '')]
-    rows += [('method', f'learn.{t.name}({value})' if first else f'learn.{t.name}()'),
-             ('keyword', f'{t.name}={value}' if first else f'{t.name}=True'),
-             ('flags', '  '.join(flags_of(t)) or 'none: text cannot carry what it needs')]
+    called = ways(t)
+    rows += list((called | dict(flags='  '.join(called['flags']) or 'none: text cannot carry what it needs')).items())
     return '\n'.join([f'{t.name}({signature})', '', t.doc, '', *(f'{k:9} {v}'.rstrip() for k, v in rows if v or not k)])
 
 

@@ -19,7 +19,7 @@ from fastrecipes.arguments import bound, check_names, check_types
 from fastrecipes.errors import BadName, BadValue, UserError, nearest
 from fastrecipes.files import writes
 
-__all__ = ['STAGES', 'TECHNIQUES', 'RECIPE_PARAMETERS', 'Technique', 'Applied', 'TechniqueCallback', 'technique', 'put', 'say',
+__all__ = ['STAGES', 'TOUCHES', 'TECHNIQUES', 'RECIPE_PARAMETERS', 'Technique', 'Applied', 'TechniqueCallback', 'technique', 'put', 'say',
            'plan', 'discover', 'check_changeable']
 
 STAGES = ('data', 'model', 'loss', 'optim', 'train')

@@ -1,27 +1,19 @@
 "Notebooks, README and guide hold what they promise: all techniques, code that runs, links that lead somewhere, nothing from elsewhere."
 import ast
-import inspect
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 from urllib.parse import urldefrag, urljoin
 
+import notebooks as books
 import pytest
+import results
+from mentions import blocks, bound, techniques_in
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT/'docs'))
-import notebooks as books                                       # noqa: E402
-from mentions import techniques_in                              # noqa: E402
-
 NBS = sorted((ROOT/'nbs').glob('*.ipynb'))
 WRITTEN = [ROOT/'README.md', ROOT/'CONTRIBUTING.md', *sorted((ROOT/'docs'/'pages').glob('*.md'))]
-
-
-def blocks(file: Path, language: str) -> list[str]:
-    "The blocks of code of a page in `language` that are to be run as they are: those with a title say what they need."
-    return re.findall(rf'(?ms)^```{language}\n(.*?)^```', file.read_text(encoding='utf8'))
 
 
 def test_every_technique_is_in_a_notebook():
@@ -31,8 +23,7 @@ def test_every_technique_is_in_a_notebook():
 
 def test_pages_count_right():
     from fastrecipes.technique import discover
-    defects = (ROOT/'bench'/'RESULTS.md').read_text(encoding='utf8').partition('<!-- defects -->')[2].partition('<!-- /defects -->')[0]
-    rows = len(re.findall(r'(?m)^\|', defects)) - 2
+    rows = len(re.findall(r'(?m)^\|', results.read('defects'))) - 2
     readme, changes = ((ROOT/n).read_text(encoding='utf8') for n in ('README.md', 'CHANGELOG.md'))
     assert f'| {len(discover())}, one form |' in readme
     assert f'{len(discover())} techniques' in changes
@@ -70,21 +61,11 @@ def test_links_within_the_repository_lead_somewhere(file):
 
 
 def test_the_names_of_the_migration_page_are_names_here():
-    import albumentations as A
-
-    import fastrecipes.all as everything
-    from fastai.basics import Learner
     nb = books.read(ROOT/'nbs'/'14_from_fastxtend.ipynb')
     rows = [line.split(' | ')[1] for c in nb['cells'] if c['cell_type'] == 'markdown' for line in ''.join(c['source']).splitlines() if line.startswith('| ') and ' | ' in line]
     calls = [ast.parse(code, mode='eval').body for row in rows for code in re.findall(r'`([^`]+)`', row) if '(' in code]
     assert len(calls) > 40
-    for call in (n for c in calls for n in ast.walk(c) if isinstance(n, ast.Call)):
-        of = call.func.value if isinstance(call.func, ast.Attribute) else None
-        if isinstance(of, ast.Name) and of.id == 'A': f, skip = getattr(A, call.func.attr), 0
-        elif of is not None: f, skip = getattr(Learner, call.func.attr), 1
-        else: f, skip = getattr(everything, call.func.id), 0
-        values = [None]*(skip+len(call.args))
-        inspect.signature(f).bind(*values, **{k.arg: None for k in call.keywords})
+    for call in (n for c in calls for n in ast.walk(c) if isinstance(n, ast.Call)): assert bound(call), ast.unparse(call)
 
 
 @pytest.fixture(scope='module')

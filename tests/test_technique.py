@@ -55,6 +55,26 @@ def test_a_name_that_is_taken_fails_at_import(name, why):
     with pytest.raises(ValueError, match=why): technique('train', section='Test', source='here')(f)
 
 
+@pytest.mark.parametrize('wrong, said', [(dict(stage='modle'), 'stage must be one of'), (dict(touches='gradient'), 'touches must be a tuple of'),
+                                         (dict(touches=('gradients',)), "got \\('gradients',\\)")])
+def test_a_record_holds_only_words_that_are_known(registered, wrong, said):
+    with pytest.raises(ValueError, match=said): technique(**dict(dict(stage='train', section='Test', source='here'), **wrong))
+
+
+def test_a_cell_of_a_notebook_may_be_run_again_and_a_module_not(registered, toy):
+    "The later definition is the one that is called, from wherever it was reached."
+    def define(module, value):
+        def test_again(self):
+            "Defined."
+            self.said = value
+        test_again.__module__ = module
+        technique('train', section='Test', source='here')(test_again)
+    define('__main__', 1)
+    define('__main__', 2)
+    assert toy().test_again().said == 2 == toy().use('test_again').said
+    with pytest.raises(ValueError, match="'test_again' is registered twice"): define('elsewhere', 3)
+
+
 def test_a_declared_order_within_a_stage_wins_over_the_names(registered):
     for name, after in (('test_a', ('test_b',)), ('test_b', ())):
         def f(self): "Ordered."

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from stub import FILE, stub
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT/'docs'))
 
 WRITTEN = """
 from fastrecipes.all import *
@@ -26,7 +26,6 @@ WRONG = {6: 'much', 7: 'upsampled', 8: 'epsilon', 11: 'stretch'}       # line â†
 
 
 def test_the_stub_is_what_the_registry_says():
-    from stub import FILE, stub
     assert FILE.read_text(encoding='utf8') == stub(), 'python docs/stub.py'
 
 

@@ -184,7 +184,8 @@ def _renamed(model: onnx.ModelProto, **names: str) -> onnx.ModelProto:
 
 def times_of_one(before: bytes, after: bytes, xb: tuple[torch.Tensor, ...]) -> tuple[float, float]:
     "The ms that the first sample of `xb` takes through two graphs, on one thread, in turns; medians."
-    nets, one = [Quantized(g, threads=1) for g in (before, after)], tuple(x[:1] for x in xb)
-    times = interleaved({str(i): lambda net=net: net(*one) for i, net in enumerate(nets)})
-    was, is_ = (round(statistics.median(times[str(i)]), 4) for i in range(2))
-    return was, is_
+    one = tuple(x[:1] for x in xb)
+    nets = dict(before=Quantized(before, threads=1), after=Quantized(after, threads=1))
+    times = interleaved({which: lambda net=net: net(*one) for which, net in nets.items()})
+    ms = {which: round(statistics.median(took), 4) for which, took in times.items()}
+    return ms['before'], ms['after']

@@ -50,7 +50,8 @@ def fast_classifier(path, arch: str = 'auto', *, minutes: float = 5., size: int 
     settings = {k: v for k, v in locals().items() if k not in ('path', 'arch', 'switched')}
     if arch == 'auto': arch = arch_for(torch.cuda.is_available())
     chosen = {**SMALL_IMAGES, 'augment': moved(size), **settings, **switched}
-    plan({n: v for n, v in chosen.items() if n in discover()})
+    known = discover()
+    plan({n: v for n, v in chosen.items() if n in known})
     check_recipe(path, arch, 1, lr, chosen['schedule'], groups, minutes=minutes, who='fast_classifier')
     keep_freed_memory()
     layout = _kept(out, overwrite)

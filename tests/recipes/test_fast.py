@@ -31,12 +31,12 @@ def some(tmp_path_factory): return digits(tmp_path_factory.mktemp('fast'))
 
 
 def test_a_network_in_seconds(some, tmp_path):
-    "Digits, from scratch: a quarter of a minute of training; above .95 on an idle machine, less where others are at work."
-    learn = fast_classifier(some, minutes=.25, bs=64, valid=.2, out=tmp_path/'run', near_duplicates='together')
+    "Digits, from scratch: half a minute of training, by the clock, is enough on a slow machine that is busy besides."
+    learn = fast_classifier(some, minutes=.5, bs=64, valid=.2, out=tmp_path/'run', near_duplicates='together')
     assert set(learn.techniques) == {n for n in SMALL_IMAGES if n not in ('bs', 'lr', 'schedule')} | {'augment'} | (learn.techniques.keys() & {'to_channelslast', 'to_bf16'})
-    assert learn.recorder.values[-1][2] > .5 and type(learn.model[0].model).__name__ == 'ResNet9' and learn.recorder.lrs[-1] < .002
+    assert learn.recorder.values[-1][2] > .9 and type(learn.model[0].model).__name__ == 'ResNet9' and learn.recorder.lrs[-1] < .002
     recipe = yaml.safe_load((tmp_path/'run'/'recipe.yaml').read_text())
-    assert recipe['arch'] == 'resnet9_w16' and recipe['minutes'] == .25 and recipe['schedule'] == 'one_cycle' and recipe['pretrained'] is False
+    assert recipe['arch'] == 'resnet9_w16' and recipe['minutes'] == .5 and recipe['schedule'] == 'one_cycle' and recipe['pretrained'] is False
 
 
 def test_what_the_caller_says_wins(some, monkeypatch):
@@ -73,6 +73,28 @@ def test_the_trial_takes_the_fastest(monkeypatch, usual, last, both, chosen):
     monkeypatch.setattr(small_images, '_step', step)
     monkeypatch.setattr(small_images.time, 'perf_counter', lambda: now[0])
     assert fastest_layout('resnet9_w16', 32, 4) == {n: True for n in chosen}
+
+
+def test_the_trial_drops_what_is_far_slower_at_once_and_says_what_it_took(monkeypatch, capsys):
+    "A step of 16 bits takes a minute here: one is enough to know. Four steps of the others, of 10 and 8 s."
+    now, steps = [0.], Counter()
+    def step(model, x, y, channels_last, bf16):
+        def run():
+            steps[channels_last, bf16] += 1
+            now[0] += 60 if bf16 else 8 if channels_last else 10
+        return run
+    monkeypatch.setattr(small_images, '_step', step)
+    monkeypatch.setattr(small_images.time, 'perf_counter', lambda: now[0])
+    fastest_layout('resnet9_w16', 32, 40, device='cpu')
+    assert steps == {(False, False): 4, (True, False): 4, (True, True): 1}
+    assert capsys.readouterr().out == ('images/s, forward and backward: as usual 4, to_channelslast 5, to_channelslast and to_bf16 1; taken: to_channelslast\n')
+
+
+@pytest.mark.parametrize('path, wrong, said', [('nowhere', {}, 'nowhere'), (None, dict(minutes=0), 'fast_classifier: minutes must be a number above 0'),
+                                               (None, dict(mixpu=.4), "fast_classifier: .*did you mean 'mixup'"), (None, dict(mixup=dict(alpa=1)), "mixup: .*did you mean 'alpha'")])
+def test_what_is_wrong_is_said_before_the_trial(some, monkeypatch, path, wrong, said):
+    monkeypatch.setattr(fast, 'fastest_layout', lambda *args: pytest.fail('the trial ran'))
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=said): fast_classifier(path or some, **wrong)
 
 
 def test_the_trial_leaves_alone_what_was_said():

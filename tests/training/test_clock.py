@@ -58,6 +58,17 @@ def test_less_than_a_batch_is_one_batch(toy, seconds):
     assert len(learn.recorder.losses) == 1 and len(learn.recorder.values) == 1
 
 
+def test_an_epoch_that_has_begun_has_a_batch(toy, seconds):
+    "The third waits five seconds for its first batch, and two were left: a row without one would have no loss."
+    class Wait(Callback):
+        order, transient = 60, ('now',)
+        def __init__(self, now): self.now = now
+        def before_train(self): self.now[0] += 5.*(self.learn.epoch == 2)
+    learn = toy()
+    learn.fit_for(10/60, .1, cbs=[Tick(seconds), Wait(seconds)])
+    assert len(learn.recorder.losses) == 9 and [len(v) for v in learn.recorder.values] == [3, 3, 3] and math.isfinite(learn.recorder.values[-1][0])
+
+
 @pytest.mark.parametrize('die_at', [2, 6])
 def test_a_run_that_was_cut_off_has_the_rest_of_its_time(toy, seconds, tmp_path, die_at):
     "What it trained before the last checkpoint counts; all together it is as long, and where it would have been."
