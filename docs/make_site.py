@@ -195,13 +195,15 @@ def api() -> dict[str, str]:
 
 def notebook(file: Path, images: Path) -> str:
     "A notebook as Markdown, its plots in `images`; links to notebooks lead to their pages."
+    import nbformat
     from nbconvert import MarkdownExporter
-    exporter = MarkdownExporter()
-    text, found = exporter.from_filename(str(file), resources=dict(output_files_dir=images.name))
+    nb = nbformat.read(file, as_version=4)
+    nb.metadata.language_info = dict(name='python')         # which nbdev-clean leaves out, and by which code is coloured
+    text, found = MarkdownExporter().from_notebook_node(nb, resources=dict(output_files_dir=images.name))
     images.mkdir(parents=True, exist_ok=True)
     for name, data in found['outputs'].items(): (images/Path(name).name).write_bytes(data)
     text = re.sub(r'<style scoped>.*?</style>', '', text, flags=re.S)
-    return re.sub(r'\]\((\w+)\.ipynb\)', r'](\1.md)', text)
+    return '---\nhide: [toc]\n---\n' + re.sub(r'\]\((\w+)\.ipynb\)', r'](\1.md)', text)         # width for its code
 
 
 # Links of pages that are also read where they lie, in the repository
@@ -234,6 +236,7 @@ def pages(out: Path) -> list:
         file.write_text(text, encoding='utf8')
         return name
 
+    alone = '---\nhide: [navigation]\n---\n'               # in its tab: there is nothing to list beside it
     ordered = in_order(techniques.values())
     table = ['# Techniques', '']
     for section, group in groupby(ordered, section_of):
@@ -242,10 +245,10 @@ def pages(out: Path) -> list:
     tree = [{section: [{t.name: put(f'techniques/{t.name}.md', card(t, techniques, where, effects))} for t in group]} for section, group in groupby(ordered, section_of)]
     titles = {n: next(line[2:] for c in nb['cells'] for line in ''.join(c['source']).splitlines() if line.startswith('# ')).replace('*', '') for n, nb in books.items()}
     chapters = [{f'{n[:2]} {titles[n].split(":")[0]}': put(f'notebooks/{n}.md', notebook(ROOT/'nbs'/f'{n}.ipynb', out/'notebooks'/f'{n}_files'))} for n in books]
-    written = {f.stem: put(f.name, moved(f.read_text(encoding='utf8'), '../../')) for f in sorted((ROOT/'docs'/'pages').glob('*.md'))}
+    written = {f.stem: put(f.name, alone*(f.stem == 'guide') + moved(f.read_text(encoding='utf8'), '../../')) for f in sorted((ROOT/'docs'/'pages').glob('*.md'))}
     top = {n: put(f'{n.lower()}.md', moved((ROOT/f'{n}.md').read_text(encoding='utf8'))) for n in ('CONTRIBUTING', 'CHANGELOG')}
     return [
-        {'Home': put('index.md', moved((ROOT/'README.md').read_text(encoding='utf8')))},
+        {'Home': put('index.md', alone+moved((ROOT/'README.md').read_text(encoding='utf8')))},
         {'Guide': written['guide']},
         {'Cheatsheet': [put('cheatsheet.md', cheatsheet(techniques, others)), {'Pick a technique': written['pick']}, {'Errata': written['errata']}]},
         {'Notebooks': [put('notebooks/index.md', '\n'.join(['# Notebooks', '', 'Each runs in under a minute on two cores, on data that come along; the tests run them all.', '',

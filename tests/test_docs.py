@@ -3,6 +3,7 @@ import ast
 import json
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urldefrag, urljoin
 
@@ -100,6 +101,7 @@ def test_the_site_has_a_card_for_each_technique_and_every_registry_in_the_cheats
 
 
 def test_pages_are_whole_at_both_widths_and_ask_nobody_else(site, browser):
+    from playwright.sync_api import TimeoutError
     out, url = site
     files = sorted(f.relative_to(out).as_posix() for f in out.rglob('*.html') if f.name != '404.html')
     anchors, links, wrong = {}, {}, []
@@ -108,10 +110,11 @@ def test_pages_are_whole_at_both_widths_and_ask_nobody_else(site, browser):
     page.on('response', lambda r: r.status < 400 or wrong.append(f'{page.url}: {r.status} for {r.url}'))
     page.on('pageerror', lambda e: wrong.append(f'{page.url}: {e}'))
     page.on('console', lambda m: m.type != 'error' or wrong.append(f'{page.url}: {m.text}'))
-    for width in (1280, 390):
-        page.set_viewport_size(dict(width=width, height=900))
-        for file in files:
-            page.goto(url+file)
+    for file in files:
+        page.goto(url+file)
+        for width in (1280, 390):
+            page.set_viewport_size(dict(width=width, height=900))
+            with suppress(TimeoutError): page.wait_for_function('document.documentElement.scrollWidth - document.documentElement.clientWidth <= 1', timeout=2000)     # menus slide
             seen = page.evaluate("""() => ({ids: [...document.querySelectorAll('[id]')].map(e => e.id), links: [...document.querySelectorAll('a[href]')].map(a => a.href),
                 wide: document.documentElement.scrollWidth - document.documentElement.clientWidth, bad: document.querySelectorAll('.katex-error').length,
                 raw: [...document.querySelectorAll('.arithmatex')].filter(e => !e.querySelector('.katex')).length})""")
