@@ -160,8 +160,8 @@ def methods(others) -> str:
     "What a Learner can do beside techniques, by room, as `fastrecipes ls NAME` has it."
     lines = ['# Methods of a Learner', '', 'Beside the [techniques](techniques/index.md), which are methods as well. With `from fastrecipes.all import *` every `Learner` has them.', '']
     rooms = sorted((o for o in others.values() if o['kind'] == 'method'), key=lambda o: (list(ROOMS).index(o['room']) if o['room'] in ROOMS else -1, o['name']))
-    for room, group in groupby(rooms, lambda o: o['room']):
-        lines += [f'## {ROOMS.get(room, "All")}', '']
+    for room, group in groupby(rooms, lambda o: ROOMS.get(o['room'], 'All')):
+        lines += [f'## {room}', '']
         for o in group: lines += [f'### learn.{o["name"]} {{ #{anchor_of(o["name"])} }}', '', f'```python\n{o["call"]}\n```', '', prose(o['doc']), '']
     return '\n'.join(lines)
 
