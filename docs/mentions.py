@@ -3,12 +3,13 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from textwrap import dedent
 
 
 def blocks(file: Path, language: str, titled: bool = False) -> list[str]:
     "The blocks of code of a page in `language`: those that are to be run as they are, or those whose title says what they need."
-    found = re.findall(rf'(?ms)^```{language}( title="[^"]*")?\n(.*?)^```', file.read_text(encoding='utf8'))
-    return [code for title, code in found if bool(title) == titled]
+    found = re.findall(rf'(?ms)^ *```{language}( title="[^"]*")?\n(.*?)^ *```', file.read_text(encoding='utf8'))
+    return [dedent(code) for title, code in found if bool(title) == titled]
 
 
 def bound(call: ast.Call) -> inspect.BoundArguments | None:
@@ -44,3 +45,9 @@ def techniques_in(nb: dict) -> set[str]:
             found |= {k.arg for k in node.keywords}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 200: found |= set(re.findall(r'\w+', node.value))
     return found & set(known)
+
+
+def passages(text: str, n: int = 13) -> set[tuple]:
+    "Every `n` words in a row, of prose."
+    words = re.findall(r"[\w’']+", re.sub(r'(?ms)^```.*?^```', '', text).lower())
+    return {tuple(words[i:i+n]) for i in range(len(words)-n+1)}

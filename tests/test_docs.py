@@ -10,11 +10,17 @@ from urllib.parse import urldefrag, urljoin
 import notebooks as books
 import pytest
 import results
-from mentions import blocks, bound, techniques_in
+from mentions import blocks, bound, passages, techniques_in
 
 ROOT = Path(__file__).parents[1]
 NBS = sorted((ROOT/'nbs').glob('*.ipynb'))
 WRITTEN = [ROOT/'README.md', ROOT/'CONTRIBUTING.md', *sorted((ROOT/'docs'/'pages').glob('*.md'))]
+
+
+def prose(file: Path) -> str:
+    "A page, or the text of a notebook."
+    text = file.read_text(encoding='utf8')
+    return text if file.suffix != '.ipynb' else '\n'.join(''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'markdown')
 
 
 def test_every_technique_is_in_a_notebook():
@@ -55,10 +61,22 @@ def test_commands_of_a_page_are_commands(file):
 
 @pytest.mark.parametrize('file', [*WRITTEN, *NBS], ids=lambda f: f.stem)
 def test_links_within_the_repository_lead_somewhere(file):
-    text = file.read_text(encoding='utf8')
-    if file.suffix == '.ipynb': text = '\n'.join(''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'markdown')
-    links = [link for link in re.findall(r'\]\(([^)\s]+)\)', text) if not re.match(r'https?:|#|mailto:', link)]
+    links = [link for link in re.findall(r'\]\(([^)\s]+)\)', prose(file)) if not re.match(r'https?:|#|mailto:', link)]
     assert [link for link in links if not (file.parent/urldefrag(link).url).exists()] == []
+
+
+@pytest.mark.parametrize('file', [*WRITTEN, *NBS], ids=lambda f: f.stem)
+def test_what_a_docstring_says_no_page_says_again(file, said):
+    "The site takes it from the docstring: a page would be the second place to mend."
+    assert [' '.join(p) for p in passages(prose(file)) & said] == []
+
+
+@pytest.fixture(scope='module')
+def said():
+    "The passages of all docstrings."
+    trees = [ast.parse(f.read_text(encoding='utf8')) for f in (ROOT/'fastrecipes').rglob('*.py')]
+    docs = [ast.get_docstring(n) for t in trees for n in ast.walk(t) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    return set().union(*(passages(d) for d in docs if d))
 
 
 def test_the_names_of_the_migration_page_are_names_here():

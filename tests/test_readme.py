@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mentions import blocks, bound
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-GUIDE, README, PICK = ROOT/'docs'/'pages'/'guide.md', ROOT/'README.md', ROOT/'docs'/'pages'/'pick.md'
+GUIDE, README, PICK, CONTRIBUTING = ROOT/'docs'/'pages'/'guide.md', ROOT/'README.md', ROOT/'docs'/'pages'/'pick.md', ROOT/'CONTRIBUTING.md'
 
 
 def hurried(code: str) -> str:
@@ -76,3 +77,23 @@ def test_every_line_of_the_guide_runs(here):
 def test_what_takes_minutes_or_the_hub_can_be_called_so():
     calls = [n for file in (GUIDE, PICK) for code in blocks(file, 'python', titled=True) for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)]
     assert sum(bound(call) is not None for call in calls) > 6
+
+
+def test_the_technique_of_contributing_does_what_it_says(toy):
+    "Gradients whose mean over the inputs of each unit is 0: no step of SGD changes the sum of a unit's weights."
+    from fastai.basics import SGD, Learner
+
+    from fastrecipes.technique import TECHNIQUES
+    code, = blocks(CONTRIBUTING, 'python', titled=True)
+    exec(compile(code, str(CONTRIBUTING), 'exec'), dict(__name__='centralize'))
+    try:
+        learn = toy(opt_func=SGD)
+        units = [p for p in learn.model.parameters() if p.ndim > 1]
+        before = [p.detach().clone() for p in units]
+        learn.centralize().fit(2, .1, wd=0.)
+        for was, p in zip(before, units):
+            assert not torch.allclose(was, p) and torch.allclose(was.flatten(1).sum(1), p.flatten(1).sum(1), atol=1e-5)
+        assert learn.techniques['centralize'].effect == f'gradients of {len(units)} layers lose the mean of each unit'
+    finally:
+        TECHNIQUES.pop('centralize', None)
+        if 'centralize' in vars(Learner): del Learner.centralize
