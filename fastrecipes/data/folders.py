@@ -19,7 +19,7 @@ from fastrecipes.data.duplicates import near_pairs
 from fastrecipes.data.images import Fit, RGBImage
 from fastrecipes.data.keyed import KeyedDL
 from fastrecipes.data.pixels import RESIZES, Resize
-from fastrecipes.data.scan import scan, verdicts
+from fastrecipes.data.scan import no_images, scan, verdicts
 from fastrecipes.data.splits import SIDES, belonging, check_shares, class_match, split
 from fastrecipes.errors import BadValue, nearest
 
@@ -168,8 +168,7 @@ def found_in(path, valid=None, groups=None, near_duplicates: NearDuplicates = 'w
     for side, folder in (given or {'': path}).items():
         found[side], aside = scan(folder)
         stray += aside
-    if not any(files for classes in found.values() for files in classes.values()):
-        raise BadValue(f'path: no images in {path}; it should hold one folder of images per class, like {path}/cats/1.jpg')
+    if not any(files for classes in found.values() for files in classes.values()): raise no_images(path)
     classes = sorted({c for split_ in found.values() for c in split_})
     told = Assignment(path, [p for by_class in found.values() for files in by_class.values() for p in files], valid)     # before anything is decoded
     of = grouped(groups, told)

@@ -15,7 +15,7 @@ from fastrecipes.data.processes import each_chunk
 from fastrecipes.errors import BadValue, NotThere, nearest
 from fastrecipes.files import whole
 
-__all__ = ['Verdict', 'check_root', 'scan', 'verdicts']
+__all__ = ['Verdict', 'check_images', 'check_root', 'scan', 'verdicts']
 
 SMALLEST = 2            # px a side: a 1×1 picture shows nothing
 SCHEMA = 2              # of what is remembered: verdicts of another kind are looked for again
@@ -39,6 +39,19 @@ def check_root(root) -> Path:
         raise NotThere(f'path: {root} does not exist{near}')
     if not root.is_dir(): raise BadValue(f'path: {root} is a file; give the folder that holds one folder of images per class')
     return root
+
+
+def check_images(root) -> Path:
+    "`root` as a path. Raises `NotThere` and `BadValue` unless it is a folder with an image in one of its folders; it looks no further than the first."
+    root = check_root(root)
+    images = (p for d in root.iterdir() if d.is_dir() for p in d.rglob('*') if _is_image(p) and not any(part.startswith('.') for part in p.relative_to(root).parts))
+    if next(images, None) is None: raise no_images(root)
+    return root
+
+
+def no_images(root) -> BadValue:
+    "What is raised for a folder without one."
+    return BadValue(f'path: no images in {root}; it should hold one folder of images per class, like {root}/cats/1.jpg')
 
 
 def scan(root: Path, skip=()) -> tuple[dict[str, list[Path]], list[tuple[Path, str]]]:

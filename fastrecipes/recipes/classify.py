@@ -12,7 +12,7 @@ from fastrecipes.data.folders import NearDuplicates
 from fastrecipes.data.keyed import keyed
 from fastrecipes.data.loaders import as_dataloaders
 from fastrecipes.data.pixels import Resize
-from fastrecipes.data.scan import check_root
+from fastrecipes.data.scan import check_images
 from fastrecipes.errors import BadValue, nearest
 from fastrecipes.files import writes
 from fastrecipes.recipes.recommend import takes_recommended
@@ -137,7 +137,7 @@ def check_recipe(path, arch, epochs, lr, schedule, groups=None, drawn_and_frozen
     "Raise for what can be told wrong before any data are read and any weights fetched."
     if groups is not None and not isinstance(path, (str, Path)): raise BadValue(f'groups: found in the names of files, and path is {type(path).__name__}; give a folder of images')
     if drawn_and_frozen: raise BadValue('freeze: the body would stay as it was drawn; start from trained weights (pretrained or weights)')
-    if isinstance(path, (str, Path)): check_root(path)
+    if isinstance(path, (str, Path)): check_images(path)
     check_arch(arch)
     check_fit(epochs, lr)
     if minutes is not None: check_minutes(who, minutes)

@@ -90,10 +90,13 @@ def test_the_trial_drops_what_is_far_slower_at_once_and_says_what_it_took(monkey
     assert capsys.readouterr().out == ('images/s, forward and backward: as usual 4, to_channelslast 5, to_channelslast and to_bf16 1; taken: to_channelslast\n')
 
 
-@pytest.mark.parametrize('path, wrong, said', [('nowhere', {}, 'nowhere'), (None, dict(minutes=0), 'fast_classifier: minutes must be a number above 0'),
+@pytest.mark.parametrize('path, wrong, said', [('nowhere', {}, 'nowhere'), ('empty', {}, 'no images in empty'),
+                                               (None, dict(minutes=0), 'fast_classifier: minutes must be a number above 0'),
                                                (None, dict(mixpu=.4), "fast_classifier: .*did you mean 'mixup'"), (None, dict(mixup=dict(alpa=1)), "mixup: .*did you mean 'alpha'")])
-def test_what_is_wrong_is_said_before_the_trial(some, monkeypatch, path, wrong, said):
+def test_what_is_wrong_is_said_before_the_trial(some, tmp_path, monkeypatch, path, wrong, said):
     monkeypatch.setattr(fast, 'fastest_layout', lambda *args: pytest.fail('the trial ran'))
+    if path == 'empty': (tmp_path/'empty'/'cats').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=said): fast_classifier(path or some, **wrong)
 
 
