@@ -115,12 +115,20 @@ Learner.techniques = MappingProxyType({})       # of one that has none
 
 def technique(stage: str, *, section, source: str, touches=(), after=(), before=(), refuses=None, example=None, replaces=None,
               formula: str | None = None):
-    """Register `f(learn, …) -> learn` as a technique, patch it onto `Learner` and return it.
+    """Register `f(learn, …) -> learn` as a technique, patch it onto `Learner` and return it. Raises `ValueError` at import: for a name that is taken, and for words it does not know.
 
-    `stage` is one of `STAGES`, `touches` are some of `TOUCHES`; `after`/`before` order it within its stage; `refuses` maps another technique to the sentence that says
-    why the two do not go together; `example` gives small arguments where one is required, or makes them from a Learner; `replaces` names
-    the version of fastai whose method of this name it replaces; `section`: the chapter it is listed under, or several, the first of them
-    first; `formula`, in TeX, for its card in the documentation. Raises at import if the name is taken."""
+    Args:
+        stage: 'data' changes `learn.dls`, 'model' the network, 'loss' what is asked for, 'optim' the step, 'train' is a callback; techniques are applied in that order
+        section: the chapter it is listed under, or a tuple of several
+        source: the paper it is from, as arXiv:… or doi:…, or a page
+        touches: some of 'sampling', 'inputs', 'targets', 'model', 'weights', 'gradient', 'step', 'precision'; and 'inference', if it acts in validation and use, too
+        after: names of techniques of the same stage that are applied before it
+        before: names of techniques of the same stage that are applied after it
+        refuses: another technique's name → the sentence that says why the two do not go together
+        example: small arguments where one has no default, for tests and ablations; or a function that makes them from a Learner
+        replaces: the version of fastai whose method of this name it replaces
+        formula: TeX, for its card
+    """
     if stage not in STAGES: raise ValueError(f'technique: stage must be one of {STAGES}, got {stage!r}')
     if isinstance(touches, str) or not set(touches) <= set(TOUCHES): raise ValueError(f'technique: touches must be a tuple of {TOUCHES}, got {touches!r}')
 

@@ -13,7 +13,7 @@ from fastai.callback.tracker import ReduceLROnPlateau, SaveModelCallback
 
 from fastrecipes.training.resume import remember, resumable
 
-from .conftest import NAMES, learner, refusal, use
+from .conftest import NAMES, TECHNIQUES, learner, refusal, use
 
 # (fit, epoch, batch) where it dies, of two fits of two epochs of four batches, saved after every batch and at the start of an epoch: before
 # there is anything, in mid-epoch (between two steps of grad_accum), between training and validation, between two fits, at the start of an epoch
@@ -87,7 +87,10 @@ def with_workers(*names):
     return use(learn, *names)
 
 
-@pytest.mark.parametrize('name', NAMES)
+LOADED = [n for n, t in TECHNIQUES.items() if t.stage == 'data' or {'sampling', 'inputs', 'targets'} & set(t.touches)]     # what workers can do to: the rest never sees a loader
+
+
+@pytest.mark.parametrize('name', sorted(LOADED))
 def test_with_worker_processes_too_and_the_same_as_without(name, tmp_path):
     assert_same(check(lambda: with_workers(name), tmp_path, [((0, 1, 1), 'before')]), program(lambda: use(learner(256), name), tmp_path/'none'))
 
@@ -95,7 +98,7 @@ def test_with_worker_processes_too_and_the_same_as_without(name, tmp_path):
 PAIRS = [p for p in itertools.combinations(NAMES, 2) if not refusal(*p)]
 
 
-@pytest.mark.parametrize('names', PAIRS[::12], ids='+'.join)         # of twelve one: each takes nearly two seconds
+@pytest.mark.parametrize('names', PAIRS[::36], ids='+'.join)         # of 36 one: each takes nearly two seconds
 def test_in_pairs(names, tmp_path):
     check(lambda: use(learner(256), *names), tmp_path, [((0, 1, 1), 'before')])
 

@@ -78,7 +78,7 @@ def test_a_balanced_epoch_is_shared_out_without_overlap(ranks):
     assert len(set(first)) == len(first) == per_epoch       # a draw is sample + repetition·samples: none comes up twice
 
 
-RUN = '--arch resnet10t --pretrained false --size 32 --bs 16 --epochs 3 --valid .3 --test .2 --lr .003 --to_distributed.timeout 60 --balance upsampling'.split()
+RUN = '--arch resnet10t --pretrained false --size 32 --bs 16 --epochs 2 --valid .3 --test .2 --lr .003 --to_distributed.timeout 60 --balance upsampling'.split()
 
 
 @pytest.fixture(scope='module')
