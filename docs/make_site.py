@@ -14,6 +14,7 @@ import time
 import warnings
 from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'bench'))
@@ -49,7 +50,7 @@ def link(source: str) -> str:
 def prose(doc: str) -> str:
     "A docstring as Markdown: its lines are paragraphs already; `Args:` becomes a list."
     text, _, args = doc.partition('\nArgs:\n')
-    text, args = text.replace('<', '&lt;'), args.replace('<', '&lt;')
+    text, args = (re.sub(r'(`[^`]*`)|<', lambda m: m[1] or '&lt;', t) for t in (text, args))
     if not args: return text
     items = re.sub(r'\n {8,}', ' ', inspect.cleandoc(args)).splitlines()
     return text + '\n\n' + '\n'.join(f'- `{n.strip()}`: {what.strip()}' for n, _, what in (i.partition(':') for i in items))
@@ -106,8 +107,7 @@ def card(t, techniques, where, effects) -> str:
             'after': _cards(t.after), 'before': _cards(t.before), 'in place of': t.replaces, 'source': link(t.source)}
     lines += ['', '## What it touches', '', '| | |', '| --- | --- |', *(f'| {k} | {v} |' for k, v in rows.items() if v)]
     refused = {o: p['why'] for p in pairs(techniques.values(), t.name) if not p['together'] for o in p['techniques'] if o != t.name}
-    lines += ['', '## Composes with', '', f'{len(techniques)-1-len(refused)} of the {len(techniques)-1} others, in whatever order they are named; each pair is trained by the tests, '
-              'and where it touches the loss or the gradient, a batch is compared with a value by hand.']
+    lines += ['', '## Composes with', '', f'{len(techniques)-1-len(refused)} of the {len(techniques)-1} others, in whatever order they are named; each pair is trained by the tests.']
     if refused: lines += ['', 'It is refused, before any work, beside', '', *(f'- [`{o}`]({o}.md): {why}' for o, why in refused.items())]
     lines += ['', '## Measured', '']
     if t.name in effects: lines += effects[t.name]
@@ -145,12 +145,15 @@ def cheatsheet(techniques, others) -> str:
         if o['kind'] != 'method' or o['name'] in schedules: continue
         columns[ROOMS.get(o['room'], 'Training')].setdefault('Methods', []).append(f'[`{o["name"]}`](methods.md#{anchor_of(o["name"])})')
     lines = ['---', 'hide: [navigation, toc]', '---', '', '# The cheatsheet', '', f'{len(techniques)} techniques, from the registry, with what belongs beside them; each is a link. '
-             'Where its source is wrong: [errata](errata.md). Which one? [Pick a technique](pick.md).', '', '<div class="cheatsheet" markdown>', '']
+             'The printed cheatsheet has errors: [errata](errata.md). Which one? [Pick a technique](pick.md).', '', '<div class="cheatsheet" markdown>', '']
     for column, groups in columns.items():
         lines += ['<div markdown>', '', f'## {column}', '']
         for group, items in groups.items(): lines += [f'### {group}', '', *(f'- {i}' for i in items), '']
         lines += ['</div>', '']
     return '\n'.join([*lines, '</div>'])
+
+
+def wrapped(call: str) -> str: return fill(call, 84, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
 
 
 def anchor_of(name: str) -> str: return f'learn-{name}'
@@ -162,7 +165,7 @@ def methods(others) -> str:
     rooms = sorted((o for o in others.values() if o['kind'] == 'method'), key=lambda o: (list(ROOMS).index(o['room']) if o['room'] in ROOMS else -1, o['name']))
     for room, group in groupby(rooms, lambda o: ROOMS.get(o['room'], 'All')):
         lines += [f'## {room}', '']
-        for o in group: lines += [f'### learn.{o["name"]} {{ #{anchor_of(o["name"])} }}', '', f'```python\n{o["call"]}\n```', '', prose(o['doc']), '']
+        for o in group: lines += [f'### learn.{o["name"]} {{ #{anchor_of(o["name"])} }}', '', f'```python\n{wrapped(o["call"])}\n```', '', prose(o['doc']), '']
     return '\n'.join(lines)
 
 
@@ -175,7 +178,7 @@ def recipes() -> str:
         f = function_of(target)
         call = inspect.signature(f)
         plain = call.replace(parameters=[p.replace(annotation=p.empty) for p in call.parameters.values()], return_annotation=call.empty)
-        lines += [f'## {command}', '', f'```python\n{f.__name__}{plain}\n```', '', prose(inspect.getdoc(f)), '']
+        lines += [f'## {command}', '', f'```python\n{wrapped(f.__name__+str(plain))}\n```', '', prose(inspect.getdoc(f)), '']
     return '\n'.join(lines)
 
 
@@ -245,7 +248,9 @@ def pages(out: Path) -> list:
     tree = [{section: [{t.name: put(f'techniques/{t.name}.md', card(t, techniques, where, effects))} for t in group]} for section, group in groupby(ordered, section_of)]
     titles = {n: next(line[2:] for c in nb['cells'] for line in ''.join(c['source']).splitlines() if line.startswith('# ')).replace('*', '') for n, nb in books.items()}
     chapters = [{f'{n[:2]} {titles[n].split(":")[0]}': put(f'notebooks/{n}.md', notebook(ROOT/'nbs'/f'{n}.ipynb', out/'notebooks'/f'{n}_files'))} for n in books]
+    linked = lambda text: re.sub(r'(?<!\[)`(\w+)`', lambda m: f'[{m[0]}](techniques/{m[1]}.md)' if m[1] in techniques else m[0], text)
     written = {f.stem: put(f.name, alone*(f.stem == 'guide') + moved(f.read_text(encoding='utf8'), '../../')) for f in sorted((ROOT/'docs'/'pages').glob('*.md'))}
+    put('pick.md', linked((out/'pick.md').read_text(encoding='utf8')))
     top = {n: put(f'{n.lower()}.md', moved((ROOT/f'{n}.md').read_text(encoding='utf8'))) for n in ('CONTRIBUTING', 'CHANGELOG')}
     return [
         {'Home': put('index.md', alone+moved((ROOT/'README.md').read_text(encoding='utf8')))},
@@ -277,4 +282,4 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--out', type=Path, default=ROOT/'build'/'site')
     asked = parser.parse_args()
-    print(f'{asked.out}: built in {build(asked.out.resolve()):.0f} s')
+    print(f'{asked.out}: built in {build(asked.out.resolve()):.0f} s; its search needs a server: python -m http.server -d {asked.out}')

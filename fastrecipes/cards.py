@@ -39,12 +39,13 @@ def ls(name: str | None = None, *, matrix: bool = False, json: bool = False) -> 
 
 def others(techniques) -> dict[str, dict]:
     "What there is beside techniques: the methods that a Learner has of ours, and the functions that `fastrecipes.all` gives, as records by name."
+    everything = vars(import_module('fastrecipes.all'))        # first: it gives Learners their methods
     ours = lambda f: callable(f) and getattr(f, '__module__', '').startswith('fastrecipes') and inspect.getdoc(f)
     room = lambda f: f.__module__.split('.')[1]
     methods = {n: dict(name=n, kind='method', room=room(f), call=f'learn.{n}{_signature(f, 1)}', doc=inspect.getdoc(f))
                for n, f in inspect.getmembers(Learner, inspect.isfunction) if ours(f) and not n.startswith('_') and n not in techniques}
     functions = {n: dict(name=n, kind='class' if inspect.isclass(f) else 'function', room=room(f), call=f'{n}{_signature(f)}', doc=inspect.getdoc(f))
-                 for n, f in vars(import_module('fastrecipes.all')).items() if (inspect.isfunction(f) or inspect.isclass(f) and not issubclass(f, Exception)) and ours(f)}
+                 for n, f in everything.items() if (inspect.isfunction(f) or inspect.isclass(f) and not issubclass(f, Exception)) and ours(f)}
     return {**functions, **methods}
 
 

