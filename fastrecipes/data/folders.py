@@ -12,7 +12,7 @@ import torch
 from fastai.data.all import CategoryBlock, DataBlock, DataLoaders, TransformBlock
 from fastai.vision.all import IntToFloatTensor
 
-from fastrecipes.arguments import check_types
+from fastrecipes.arguments import checked
 from fastrecipes.data.assignments import GIVEN, Assignment, assigned, grouped
 from fastrecipes.data.cache import cached
 from fastrecipes.data.duplicates import near_pairs
@@ -81,6 +81,7 @@ class Found:
         return Holdings(str(self.path), counts, self.set_aside, len(self.digests)-len(set(self.digests)), notes, _fingerprint(self.digests, self.labels), match)
 
 
+@checked
 def image_folder(path, *, size: int = 224, bs: int = 64, valid: float | list[str] | str | Callable = .2, test: float = .1, groups: str | Callable | None = None,
                  near_duplicates: NearDuplicates = 'warn', resize: Resize = 'crop', seed: int = 42, workers: int | None = None, cache: bool | str = False,
                  device=None, progress=None) -> DataLoaders:
@@ -99,7 +100,6 @@ def image_folder(path, *, size: int = 224, bs: int = 64, valid: float | list[str
 
     Raises `FileNotFoundError` and `ValueError`: no folder, no images, one class, a class without images, a class only outside
     training, fewer training images than `bs`; files that are not there or not listed, a group that was given two sides."""
-    check_types(image_folder, locals())
     check_loaders(size, bs, resize)
     found, sides = found_and_split(path, valid, test, groups, near_duplicates, seed, progress)
     dls = loaders_of(found, sides, size=size, bs=bs, resize=resize, seed=seed, workers=workers, device=device)

@@ -126,6 +126,11 @@ def test_a_class_only_in_valid(tmp_path, photos):
     with pytest.raises(ValueError, match="class 'bird' is in .* but not in its train folder"): folder(tmp_path/'s')
 
 
+def test_an_argument_that_it_does_not_take_is_answered_with_the_nearest(photos):
+    with pytest.raises(TypeError, match="image_folder: no argument 'sise'; did you mean 'size'"): image_folder(photos, sise=64)
+    with pytest.raises(ValueError, match='size must be a whole number'): image_folder(photos, size=(80, 72))
+
+
 def test_a_batch_larger_than_the_data(photos):
     with pytest.raises(ValueError, match='bs: 64 is more than the 14 training images; use bs=7 or less'): folder(photos, bs=64)
 
