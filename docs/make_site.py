@@ -249,14 +249,14 @@ def pages(out: Path) -> list:
     titles = {n: next(line[2:] for c in nb['cells'] for line in ''.join(c['source']).splitlines() if line.startswith('# ')).replace('*', '') for n, nb in books.items()}
     chapters = [{f'{n[:2]} {titles[n].split(":")[0]}': put(f'notebooks/{n}.md', notebook(ROOT/'nbs'/f'{n}.ipynb', out/'notebooks'/f'{n}_files'))} for n in books]
     linked = lambda text: re.sub(r'(?<!\[)`(\w+)`', lambda m: f'[{m[0]}](techniques/{m[1]}.md)' if m[1] in techniques else m[0], text)
-    written = {f.stem: put(f.name, alone*(f.stem == 'guide') + moved(f.read_text(encoding='utf8'), '../../')) for f in sorted((ROOT/'docs'/'pages').glob('*.md'))}
-    put('pick.md', linked((out/'pick.md').read_text(encoding='utf8')))
+    own = dict(guide=lambda text: alone+text, pick=linked)
+    written = {f.stem: put(f.name, own.get(f.stem, str)(moved(f.read_text(encoding='utf8'), '../../'))) for f in sorted((ROOT/'docs'/'pages').glob('*.md'))}
     top = {n: put(f'{n.lower()}.md', moved((ROOT/f'{n}.md').read_text(encoding='utf8'))) for n in ('CONTRIBUTING', 'CHANGELOG')}
     return [
         {'Home': put('index.md', alone+moved((ROOT/'README.md').read_text(encoding='utf8')))},
         {'Guide': written['guide']},
         {'Cheatsheet': [put('cheatsheet.md', cheatsheet(techniques, others)), {'Pick a technique': written['pick']}, {'Errata': written['errata']}]},
-        {'Notebooks': [put('notebooks/index.md', '\n'.join(['# Notebooks', '', 'Each runs in under a minute on two cores, on data that come along; the tests run them all.', '',
+        {'Notebooks': [put('notebooks/index.md', '\n'.join(['# Notebooks', '', 'Each runs in a minute or two on two cores, on data that come along; the tests run them all.', '',
                                                           *(f'- [{n}]({n}.md): {titles[n]}' for n in books)])), *chapters]},
         {'Techniques': [put('techniques/index.md', '\n'.join(table)), *tree]},
         {'Reference': [{'Recipes and commands': put('recipes.md', recipes())}, {'Methods of a Learner': put('methods.md', methods(others))},

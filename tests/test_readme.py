@@ -64,15 +64,15 @@ def classifier_for(seed):
 
 def test_every_line_of_the_guide_runs(here):
     import fastrecipes.all as everything
-    names = dict(vars(everything), classifier_for=classifier_for)
     fresh = learners()
+    one, other = fresh(), fresh()
+    names = dict(vars(everything), classifier_for=classifier_for, other=other, dls=one.dls, net=one.model)
     for line in statements(GUIDE):
         line = hurried(line)
         uses = {n.id for n in ast.walk(ast.parse(line)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
         if 'learn' in uses and "normalize('standardize')" not in line and 'found.plot' not in line:
             names['learn'] = fresh()
             if 'fit_gradual' not in line and 'precompute' not in line: names['learn'].unfreeze()
-        for n in uses & {'other', 'dls', 'net'} - names.keys(): names[n] = {'other': fresh(), 'dls': names['learn'].dls, 'net': names['learn'].model}[n]
         try: exec(line, names)
         except Exception as e: raise AssertionError(f'{line}: {e}') from e
 

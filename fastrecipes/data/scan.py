@@ -44,7 +44,7 @@ def check_root(root) -> Path:
 def check_images(root) -> Path:
     "`root` as a path. Raises `NotThere` and `BadValue` unless it is a folder with an image in one of its folders; it looks no further than the first."
     root = check_root(root)
-    images = (p for d in root.iterdir() if d.is_dir() for p in d.rglob('*') if _is_image(p) and not any(part.startswith('.') for part in p.relative_to(root).parts))
+    images = (p for d in root.iterdir() if d.is_dir() for p in d.rglob('*') if _is_image(p) and not _hidden(p, root))
     if next(images, None) is None: raise no_images(root)
     return root
 
@@ -64,10 +64,13 @@ def scan(root: Path, skip=()) -> tuple[dict[str, list[Path]], list[tuple[Path, s
     classes = {d.name: [] for d in entries if d.is_dir()}
     for name, files in classes.items():
         for p in sorted(q for q in (root/name).rglob('*') if q.is_file()):
-            if any(part.startswith('.') for part in p.relative_to(root).parts): continue
+            if _hidden(p, root): continue
             if _is_image(p): files.append(p)
             else: stray.append((p, f'{p.suffix or "no extension"} is not an image extension'))
     return classes, stray
+
+
+def _hidden(p: Path, root: Path) -> bool: return any(part.startswith('.') for part in p.relative_to(root).parts)
 
 
 def _is_image(p: Path) -> bool: return p.suffix.lower() in image_extensions
